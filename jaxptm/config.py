@@ -1,0 +1,235 @@
+"""Training configs: YAML in, typed, frozen, strict objects out.
+
+A key that does not exist, a wrong type or a value out of range is an error that names the file and the dotted path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jaxptm.types import JaxptmError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """Base of every config: unknown keys are refused, types are not coerced, instances are immutable and hashable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class TextData(Config):
+    """A text corpus and how examples are cut from it."""
+
+    files: str | list[str]
+    """Paths or globs (`.txt`, `.jsonl`, both also `.gz` or `.zst`, `.parquet`), or names of Hugging Face datasets."""
+    eval_files: str | list[str] | None = None
+    """Held-out text, in the same forms. Without it `eval_fraction` of the documents of `files` is held out."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    text_field: str = "text"
+    """Which field of a `.jsonl`, `.parquet` or dataset record holds the text."""
+    tokenizer: str
+    """A directory, a `vocab.txt`, a hub name, or `train`: a WordPiece vocabulary trained on `files`."""
+    vocab_size: Positive | None = None
+    """Entries of the vocabulary to train; only with `tokenizer: train`."""
+    lowercase: bool = True
+    """Whether a vocabulary trained here, or read from a bare `vocab.txt`, folds case and strips accents."""
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    format: Literal["pairs", "packed"] = "pairs"
+    """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one. `packed`: whole sentences up to the length."""
+    short_probability: Share = 0.1
+    """Share of the pairs that aim for a random shorter length (BERT: 0.1)."""
+    separate_documents: bool = False
+    """`packed` only: tokens of one document do not attend to those of another in the same row."""
+    prepared: str | None = None
+    """Directory of the token shards; default `<parent of out>/prepared/<fingerprint>`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TextData:
+        if (self.tokenizer == "train") != (self.vocab_size is not None):
+            raise ValueError("`vocab_size` is needed with `tokenizer: train`, and only there")
+        if self.separate_documents and self.format != "packed":
+            raise ValueError("`separate_documents` is for `format: packed`; pairs hold one document or two on purpose")
+        return self
+
+
+class ObjectiveConfig(Config):
+    """What the model learns: `masked-lm`, or `pretraining` (masked LM and next sentence, BERT section 3.1)."""
+
+    name: Literal["masked-lm", "pretraining"]
+    masking: Literal["tokens", "words", "spans"] = "tokens"
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    max_predictions: Positive | None = None
+    """Static number of prediction slots a row; default `ceil(mask_probability * sequence_length)`."""
+
+
+class OptimizerConfig(Config):
+    """An optax optimizer. `bert_adam` is the one of BERT and ELECTRA: AdamW without bias correction."""
+
+    name: Literal["adamw", "bert_adam", "lamb"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["linear", "bert_linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
+    """Steps (an integer) or a share of all steps (a fraction below one)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global gradient norm; null switches clipping off."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+
+
+class LoopConfig(Config):
+    """The training loop. Exactly one of `steps` and `epochs` is given."""
+
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Positive
+    """Rows an optimizer step, over all devices and microbatches."""
+    accumulate: Positive = 1
+    """Microbatches a step; the result does not depend on it."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_every: Positive = 10
+    eval_every: Positive = 1000
+    eval_batches: Positive | None = 50
+    """Batches an evaluation reads; null reads all held-out text."""
+    checkpoint_every: Positive = 1000
+    keep: Positive = 2
+    """How many of the newest checkpoints stay; the one with the lowest evaluation loss stays besides."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters, norms, softmax and losses stay in float32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoopConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of `steps` and `epochs`")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"`batch_size` {self.batch_size} does not divide into `accumulate` {self.accumulate}")
+        return self
+
+
+class ParallelConfig(Config):
+    """How the step is laid out over devices."""
+
+    mode: Literal["jit"] = "jit"
+    data: Positive | None = None
+    """Devices that share the batch; default all."""
+    fsdp: Literal[1] = 1
+    tensor: Literal[1] = 1
+    remat: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
+    scan: bool = False
+    """Compile one layer and scan it: compiles faster, on CPU runs slower."""
+
+
+class TrainConfig(Config):
+    """A whole training run."""
+
+    model: str | dict[str, Any]
+    """A preset (`bert-base`), a directory or hub name whose config is taken, or fields: `{preset: ..., field: value}`."""
+    objective: ObjectiveConfig
+    data: TextData
+    optimizer: OptimizerConfig
+    train: LoopConfig
+    parallel: ParallelConfig = ParallelConfig()
+    init_from: str | None = None
+    """Weights to start from: a Hugging Face directory or hub name, or `model/` of a run."""
+    out: str
+    """The run directory."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-4` as a number, as YAML 1.2 does and PyYAML does not."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file, applies `key.key=value` overrides, and checks the result.
+
+    `out` defaults to `runs/<file name>`.
+
+    Raises:
+        JaxptmError: the file is missing or not YAML, an override is malformed, or a value does not fit; all wrong
+            values are listed at once, each with its dotted path.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise JaxptmError(f"{path}: cannot read the config: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise JaxptmError(f"{path}: the config is not UTF-8 text.") from error
+    fields = _parse(text, str(path))
+    if not isinstance(fields, dict):
+        raise JaxptmError(f"{path}: expected `key: value` lines at the top, as in configs/pretrain/quickstart.yaml.")
+    fields.setdefault("out", f"runs/{path.stem}")
+    for override in overrides:
+        _override(fields, override)
+    return validate(TrainConfig, fields, str(path))
+
+
+def validate(kind: type[C], fields: Any, source: str) -> C:
+    """Builds `kind` from plain `fields`; errors name `source` and the dotted path of each wrong value."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = [f"  {_path(item['loc'])}{_reason(item)}" for item in error.errors()]
+        raise JaxptmError("\n".join([f"{source}: {len(problems)} value(s) do not fit:", *dict.fromkeys(problems)])) from None
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise JaxptmError(f"{source}:{line} is not YAML: {getattr(error, 'problem', None) or error}.") from error
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise JaxptmError(f"override {override!r}: write it as key.key=value, for example train.steps=100.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = fields.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise JaxptmError(f"override {override!r}: `{parent}` holds the value {child!r}, not fields.")
+        fields = child
+    fields[last] = _parse(value, f"override {override!r}")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    # pydantic appends the branches of a union to the location; they are no keys of the file.
+    keys = [str(part) for part in location if not re.search(r"[\[\]]|^(int|float|str|constrained-.*)$", str(part))]
+    return ".".join(keys) or "(top level)"
+
+
+def _reason(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        return ": there is no such key"
+    if item["type"] == "missing":
+        return ": is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if item["type"] == "value_error" else f", not {item['input']!r}"
+    return f": {message[0].lower()}{message[1:]}{shown}"

@@ -1,0 +1,181 @@
+"""The files of a Hugging Face model directory: config.json, weights in one file or in shards, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxptm.types import JaxptmError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """A local model directory: the path itself, or a snapshot of the hub repository with its weights.
+
+    Raises:
+        JaxptmError: there is no such directory, and the hub cannot be reached or has no such repository.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise JaxptmError(f"{path} is a file; name the model directory that holds config.json and the weights.")
+    name = str(path_or_hub_id)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise JaxptmError(f"{name}: there is no such directory.")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["config.json", *TOKENIZER_FILES]
+    try:
+        try:
+            files = HfApi().list_repo_files(name)
+            safe = any(file.endswith(".safetensors") for file in files)
+            patterns += ["model*.safetensors*"] if safe else ["pytorch_model*.bin*"]
+        except (OSError, LocalEntryNotFoundError):
+            patterns += ["model*.safetensors*", "pytorch_model*.bin*"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise JaxptmError(f"{name}: no such directory here, and the Hugging Face hub did not give it: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; one sentence with the path where it cannot be had."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JaxptmError(f"{path}: cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise JaxptmError(f"{path}: is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise JaxptmError(f"{path}: holds no JSON object.")
+    return content
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All weights of a directory, from safetensors (preferred) or, when torch is present, `pytorch_model.bin`.
+
+    Raises:
+        JaxptmError: no weights, a shard that the index names is missing, a truncated or foreign file.
+    """
+    for name in _WEIGHTS:
+        file = directory / name
+        if not file.exists():
+            continue
+        if not name.endswith(".index.json"):
+            return _read_file(file)
+        shards = read_json(file).get("weight_map")
+        if not isinstance(shards, dict):
+            raise JaxptmError(f"{file}: has no `weight_map`; download the checkpoint again.")
+        tensors: dict[str, np.ndarray] = {}
+        for shard in sorted(set(shards.values())):
+            if not (directory / shard).exists():
+                raise JaxptmError(f"{file}: names the shard {shard}, which is not there; download the checkpoint again.")
+            tensors.update(_read_file(directory / shard))
+        lost = sorted(set(shards) - set(tensors))
+        if lost:
+            raise JaxptmError(f"{file}: its shards lack {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}.")
+        return tensors
+    raise JaxptmError(f"{directory}: holds no weights; expected one of {', '.join(_WEIGHTS)}.")
+
+
+def write_model(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes config.json and safetensors, in shards with an index where they pass `max_shard_bytes`."""
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in [*directory.glob("model*.safetensors"), *directory.glob("model.safetensors.index.json")]:
+        stale.unlink()
+    shards: list[dict[str, np.ndarray]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = np.ascontiguousarray(tensor)
+        filled += tensor.nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    write_json(directory / "config.json", config)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object so that a reader sees the old file or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer files that `source` has."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)
+
+
+def _read_file(file: Path) -> dict[str, np.ndarray]:
+    if file.suffix == ".bin":
+        return _read_pickle(file)
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise JaxptmError(
+            f"{file}: is no complete safetensors file ({error}); it may be truncated, a Git LFS pointer, or foreign. "
+            "Download it again."
+        ) from error
+
+
+def _read_pickle(file: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise JaxptmError(
+            f"{file}: needs torch to be read (`pip install torch`), or convert it to model.safetensors where torch is."
+        ) from error
+    try:
+        # weights_only: tensors are rebuilt, no code of the file runs.
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: _from_torch(tensor) for name, tensor in tensors.items()}
+    except Exception as error:  # torch raises many kinds here: pickle, zip, runtime and attribute errors
+        reason = str(error).strip().splitlines()[0]
+        raise JaxptmError(f"{file}: is no checkpoint of plain tensors ({reason}); download it again.") from error
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    import ml_dtypes
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

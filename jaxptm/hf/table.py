@@ -1,0 +1,145 @@
+"""Two-way weight tables: a list of rows, each our path(s), their name, and how to get from one to the other and back.
+
+Import reads the rows from right to left, export the same rows from left to right, so neither can drift from the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxptm.types import JaxptmError
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How one of their tensors becomes one or several of ours (`load`), and the exact inverse (`save`)."""
+
+    load: Callable[[np.ndarray], Sequence[np.ndarray]]
+    save: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+KEEP = Operation(lambda theirs: [theirs], lambda ours: ours[0])
+TRANSPOSE = Operation(lambda theirs: [theirs.T], lambda ours: ours[0].T)
+"""torch.nn.Linear keeps (out, in), our kernels are (in, out)."""
+
+
+def split(parts: int) -> Operation:
+    """A fused tensor whose last axis holds `parts` of equal size, such as a qkv projection."""
+    return Operation(lambda theirs: np.split(theirs, parts, axis=-1), lambda ours: np.concatenate(ours, axis=-1))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; `ours` is a "/"-joined parameter path, or several for a fused tensor."""
+
+    ours: str | tuple[str, ...]
+    theirs: str
+    operation: Operation = KEEP
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+
+def dense(ours: str, theirs: str) -> list[Row]:
+    """The rows of a linear layer."""
+    return [Row(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def norm(ours: str, theirs: str) -> list[Row]:
+    """The rows of a layer norm."""
+    return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The weights of one model with one head.
+
+    Attributes:
+        rows: what is loaded and saved.
+        tied: their name -> their name of the tensor it shares. Checked for equality on load, written again on save.
+        dead: their name -> their name. Parameters that no output depends on; they are kept aside on load, and on save
+            written back as they were, or as a copy where there was none.
+        ignored: regular expressions of their names that hold no weights (buffers of old versions).
+    """
+
+    rows: list[Row]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    dead: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> set[str]:
+        """Every name of theirs that this table knows."""
+        return {row.theirs for row in self.rows} | set(self.tied) | set(self.dead)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load` found: our flat parameters, the top-level modules that the source has nothing of, the dead tensors."""
+
+    params: dict[str, np.ndarray]
+    absent: list[str]
+    dead: dict[str, np.ndarray]
+
+
+def load(
+    table: Table,
+    tensors: Tensors,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    source: str,
+    heads: Sequence[str] = (),
+    known: set[str] = frozenset(),  # type: ignore[assignment]
+) -> Loaded:
+    """Reads their tensors into our flat "/"-joined parameters.
+
+    Args:
+        shapes: of every parameter that the module wants, by path.
+        source: the file or directory that errors name.
+        heads: top-level modules that may be absent as a whole.
+        known: names of theirs that belong to the family's other heads, and are passed over.
+
+    Raises:
+        JaxptmError: missing, unexpected and mis-shaped weights, and tied tensors that differ, all at once.
+    """
+    params: dict[str, np.ndarray] = {}
+    problems = []
+    modules = {path.split("/")[0] for row in table.rows for path in row.paths}
+    present = {path.split("/")[0] for row in table.rows for path in row.paths if row.theirs in tensors}
+    absent = sorted(module for module in modules - present if module in heads)
+    for row in table.rows:
+        if row.paths[0].split("/")[0] in absent:
+            continue
+        if row.theirs not in tensors:
+            problems.append(f"missing    {row.theirs}  (for {', '.join(row.paths)})")
+            continue
+        theirs = tensors[row.theirs]
+        wanted = row.operation.save([np.broadcast_to(np.float32(0), shapes[path]) for path in row.paths]).shape
+        if theirs.shape != wanted:
+            problems.append(f"mis-shaped {row.theirs}: {list(theirs.shape)} in the file, {list(wanted)} in the model")
+            continue
+        params.update(zip(row.paths, row.operation.load(theirs), strict=True))
+    for name, original in table.tied.items():
+        if name in tensors and original in tensors and not np.array_equal(tensors[name], tensors[original]):
+            problems.append(f"untied     {name} differs from {original}, though config.json says they are tied")
+    for name in sorted(set(tensors) - table.names - known):
+        if not any(re.search(pattern, name) for pattern in table.ignored):
+            problems.append(f"unexpected {name} {list(tensors[name].shape)}")
+    if problems:
+        raise JaxptmError("\n  ".join([f"{source}: {len(problems)} weight(s) do not fit the model:", *problems]))
+    return Loaded(params, absent, {name: tensors[name] for name in table.dead if name in tensors})
+
+
+def save(table: Table, params: Tensors) -> dict[str, np.ndarray]:
+    """Our flat parameters as their tensors, tied and dead ones included."""
+    tensors = {row.theirs: row.operation.save([np.asarray(params[path]) for path in row.paths]) for row in table.rows}
+    for name, original in {**table.tied, **table.dead}.items():
+        tensors[name] = tensors[original]
+    return tensors

@@ -1,0 +1,11 @@
+"""The model families, by the `model_type` of their config.json."""
+
+from __future__ import annotations
+
+from jaxptm.models import bert
+from jaxptm.models.family import Family
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (bert.FAMILY,)}
+PRESETS = {name: (family, config) for family in FAMILIES.values() for name, config in family.presets.items()}
+
+__all__ = ["FAMILIES", "PRESETS", "Family"]

@@ -1,0 +1,349 @@
+"""Models with weights: opened from and saved to Hugging Face directories, called with numpy arrays."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from pydantic import ValidationError
+
+from jaxptm.config import validate
+from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.hf import files
+from jaxptm.hf import table as weights
+from jaxptm.models import FAMILIES, PRESETS, Family
+from jaxptm.nn.core import Execution, stack_layers, unstack_layers
+from jaxptm.nn.text import TextConfig, TextModel
+from jaxptm.types import Array, JaxptmError, Params
+
+log = logging.getLogger("jaxptm")
+
+ORBAX_PARAMS = "params"
+"""Name of the Orbax folder in a model directory that holds no safetensors."""
+
+
+class Outputs(dict[str, Any]):
+    """Named outputs, as `out["logits"]` or `out.logits`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this model has no output {name!r}, only {', '.join(self)}") from None
+
+
+@dataclass
+class Model:
+    """A module with its parameters, called as a function of numpy arrays.
+
+    Attributes:
+        family: what kind of model it is.
+        config: its sizes.
+        task: its head; None for the bare encoder.
+        module: the Flax module; `module.apply({"params": params}, ...)` is what `__call__` compiles.
+        params: a plain nested dict.
+        source: the directory it came from, whose tokenizer travels along.
+        hf_config: the config.json it came with; keys that jaxptm does not read are saved again as they were.
+        dead: parameters of the source that no output depends on.
+    """
+
+    family: Family
+    config: TextConfig
+    task: str | None
+    module: TextModel
+    params: Params
+    source: Path | None = None
+    hf_config: Mapping[str, Any] = field(default_factory=dict)
+    dead: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model's directory.
+
+        Raises:
+            JaxptmError: there is none, or it has ids that the model has no embedding for.
+        """
+        if self.source is None:
+            raise JaxptmError("this model came without a tokenizer; load one with transformers.AutoTokenizer.")
+        tokenizer = load_tokenizer(self.source)
+        check_vocabulary(tokenizer, self.config, str(self.source))
+        return tokenizer
+
+    def __call__(self, *, output_hidden_states: bool = False, **inputs: Any) -> Outputs:
+        """Runs the model without dropout.
+
+        Args:
+            output_hidden_states: also return the embeddings and the output of every layer.
+            **inputs: arrays of one shape [B, L] (multiple-choice: [B, C, L]): `input_ids`, and if wanted
+                `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids`.
+
+        Raises:
+            JaxptmError: an input without a name here, of another shape, or with an id outside its table.
+        """
+        arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        self._check(arrays)
+        arrays = {name: value.astype(np.int32) for name, value in arrays.items()}
+        return Outputs(self._apply(self.params, arrays, output_hidden_states))
+
+    @cached_property
+    def _apply(self) -> Any:
+        def apply(params: Params, inputs: dict[str, Array], output_hidden_states: bool) -> dict[str, Any]:
+            return self.module.apply({"params": params}, **inputs, output_hidden_states=output_hidden_states)  # type: ignore[return-value]
+
+        return jax.jit(apply, static_argnums=2)
+
+    def _check(self, arrays: Mapping[str, np.ndarray]) -> None:
+        if "input_ids" not in arrays:
+            raise JaxptmError("give the model `input_ids`, an integer array of shape [batch, length].")
+        ids = arrays["input_ids"]
+        axes = "[batch, choices, length]" if self.task == "multiple-choice" else "[batch, length]"
+        if ids.ndim != axes.count(",") + 1:
+            raise JaxptmError(f"`input_ids` has shape {list(ids.shape)}, expected {axes}.")
+        # XLA clamps or wraps an index outside a table without a word, so look before.
+        limits = {
+            "input_ids": self.config.vocab_size,
+            "token_type_ids": self.config.type_vocab_size,
+            "position_ids": self.config.max_position_embeddings,
+            "attention_mask": 2,
+            "segment_ids": np.iinfo(np.int32).max,
+        }
+        for name, array in arrays.items():
+            if name not in limits:
+                raise JaxptmError(f"the model has no input `{name}`, only {', '.join(limits)}.")
+            if array.shape != ids.shape:
+                raise JaxptmError(f"`{name}` has shape {list(array.shape)}, `input_ids` {list(ids.shape)}.")
+            if array.dtype.kind not in "iub":
+                raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
+            if array.size and not 0 <= array.min() <= array.max() < limits[name]:
+                raise JaxptmError(f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}.")
+        if "position_ids" not in arrays and ids.shape[-1] > self.config.max_position_embeddings:
+            raise JaxptmError(
+                f"the input is {ids.shape[-1]} tokens long, the model takes {self.config.max_position_embeddings}; "
+                "truncate it (tokenizer(..., truncation=True))."
+            )
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Writes config.json, safetensors and the tokenizer files that transformers opens with no key to spare."""
+        directory = Path(directory)
+        tensors = weights.save(self.family.table(self.config, self.task), flatten(self.params)) | dict(self.dead)
+        if self.task is None:
+            tensors = {name.removeprefix(self.family.prefix): tensor for name, tensor in tensors.items()}
+        files.write_model(directory, self._config_json(), tensors, max_shard_bytes=max_shard_bytes)
+        self._save_tokenizer(directory)
+
+    def save_orbax(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the same directory with the parameters as an Orbax checkpoint, for other JAX programs."""
+        import orbax.checkpoint as ocp
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_json(directory / "config.json", self._config_json())
+        self._save_tokenizer(directory)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((directory / ORBAX_PARAMS).absolute(), unstacked(self.params), force=True)
+
+    def _config_json(self) -> dict[str, Any]:
+        # Their own names of labels stay where the number of labels did.
+        ours = self.family.to_hf(self.config)
+        if len(self.hf_config.get("id2label", {})) == self.config.num_labels:
+            ours = {key: value for key, value in ours.items() if key not in ("id2label", "label2id")}
+        return {
+            **self.hf_config,
+            **ours,
+            "model_type": self.family.model_type,
+            "architectures": [self.family.architectures[self.task]],
+            "dtype": str(jax.tree.leaves(self.params)[0].dtype),
+        }
+
+    def _save_tokenizer(self, directory: Path) -> None:
+        if "tokenizer" in self.__dict__:
+            self.tokenizer.save_pretrained(directory)
+        elif self.source is not None:
+            files.copy_tokenizer(self.source, directory)
+
+
+def from_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    task: str | None = None,
+    *,
+    num_labels: int | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    seed: int = 0,
+) -> Model:
+    """Opens a Hugging Face model directory, a hub repository, or the `model/` of a jaxptm run.
+
+    Args:
+        task: the head: None (bare encoder), "masked-lm", "pretraining", "next-sentence", "sequence-classification",
+            "token-classification", "multiple-choice", "question-answering", or "auto": what config.json says.
+        num_labels: of a classification head; default what config.json says.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+        mesh: devices that each get a copy of the parameters; default the first device.
+        seed: of the weights of a head that the checkpoint lacks; such a head is logged as a warning.
+
+    Raises:
+        JaxptmError: no such model, an unknown architecture or task, or weights that do not fit; all weights at once.
+    """
+    directory = files.resolve(path_or_hub_id)
+    family, hf_config = read_family(directory)
+    if task == "auto":
+        task = _declared_task(family, hf_config, directory)
+    if task not in family.architectures:
+        tasks = ", ".join(str(name) for name in family.architectures)
+        raise JaxptmError(f"{family.model_type} has no head for the task {task!r}; it has {tasks} (or \"auto\").")
+    config = read_config(family, hf_config, directory)
+    if num_labels is not None:
+        config = config.model_copy(update={"num_labels": num_labels})
+
+    execution = Execution(jnp.dtype(dtype), jnp.dtype(param_dtype))
+    if (directory / ORBAX_PARAMS).is_dir():
+        tensors = weights.save(family.table(config, task), _restore_orbax(directory / ORBAX_PARAMS, config, task))
+    else:
+        tensors = {family.modern_name(name): tensor for name, tensor in files.read_tensors(directory).items()}
+    if task is None and not any(name.startswith(f"{family.prefix}pooler.") for name in tensors):
+        config = config.model_copy(update={"pooler": False})
+
+    module = family.module(config, task, execution)
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
+    known = {name for other in family.architectures for name in family.table(config, other).names}
+    heads = [name for name in {path.split("/")[0] for path in shapes} if name not in ("embeddings", "encoder")]
+    loaded = weights.load(
+        family.table(config, task), tensors, shapes, source=str(directory), heads=heads, known=known
+    )
+    flat: dict[str, Any] = dict(loaded.params)
+    if loaded.absent:
+        log.warning("%s has no %s: initialised at random, to be trained.", directory, ", ".join(loaded.absent))
+        fresh = flatten(initialise(module, jax.random.key(seed), only=loaded.absent))
+        flat |= fresh
+    sharding = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = unflatten({path: jax.device_put(jnp.asarray(leaf, param_dtype), sharding) for path, leaf in flat.items()})
+    return Model(family, config, task, module, params, directory, hf_config, loaded.dead)
+
+
+def read_family(directory: Path) -> tuple[Family, dict[str, Any]]:
+    """The family and the config.json of a model directory."""
+    hf_config = files.read_json(directory / "config.json")
+    name = hf_config.get("model_type")
+    if name not in FAMILIES:
+        raise JaxptmError(f"{directory / 'config.json'}: model_type {name!r} is not one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name], hf_config
+
+
+def read_config(family: Family, hf_config: Mapping[str, Any], directory: Path) -> TextConfig:
+    """Our config from a config.json."""
+    path = directory / "config.json"
+    try:
+        return validate(family.config, family.from_hf(hf_config), str(path))
+    except (ValueError, ValidationError) as error:
+        raise JaxptmError(f"{path}: {error}.") from error
+
+
+def model_config(model: str | Mapping[str, Any], vocab_size: int) -> tuple[Family, TextConfig]:
+    """The model of a training config: a preset, a directory or hub name, or `{preset: ..., field: value}`.
+
+    Args:
+        vocab_size: of the tokenizer; a preset takes it unless the fields say otherwise.
+
+    Raises:
+        JaxptmError: no such preset or field, or a vocabulary smaller than the tokenizer's.
+    """
+    fields = {"preset": model} if isinstance(model, str) else dict(model)
+    preset = fields.pop("preset", None)
+    if preset in PRESETS:
+        family, config = PRESETS[preset]
+        fields = {**config.model_dump(), "vocab_size": vocab_size, **fields}
+    elif preset is not None:
+        try:
+            directory = files.resolve(preset)
+        except JaxptmError as error:
+            raise JaxptmError(f"model: {preset!r} is no preset ({', '.join(PRESETS)}); {error}") from error
+        family, hf_config = read_family(directory)
+        fields = {**read_config(family, hf_config, directory).model_dump(), **fields}
+    else:
+        name = fields.pop("family", "bert")
+        if name not in FAMILIES:
+            raise JaxptmError(f"model.family: {name!r} is not one of {', '.join(FAMILIES)}.")
+        family = FAMILIES[name]
+        fields = {"vocab_size": vocab_size, **fields}
+    config = validate(family.config, fields, "model")
+    if config.vocab_size < vocab_size:
+        raise JaxptmError(f"model.vocab_size: {config.vocab_size} is too small for the tokenizer's {vocab_size} entries.")
+    return family, config
+
+
+def check_vocabulary(tokenizer: Any, config: TextConfig, source: str) -> None:
+    """Raises JaxptmError where the tokenizer has ids that the model has no embedding for."""
+    if len(tokenizer) > config.vocab_size:
+        raise JaxptmError(
+            f"{source}: the tokenizer has {len(tokenizer)} entries, the model's vocabulary {config.vocab_size}; "
+            "they do not belong together."
+        )
+
+
+def abstract_params(module: TextModel) -> Params:
+    """Shapes and dtypes of a module's parameters, without computing any."""
+    return jax.eval_shape(lambda: _init(module, jax.random.key(0)))
+
+
+def initialise(module: TextModel, key: Array, only: list[str] | None = None) -> Params:
+    """Fresh parameters, in one compiled call; of the top-level modules `only` where given."""
+    wanted = (lambda params: {name: params[name] for name in only}) if only else (lambda params: params)
+    return jax.jit(lambda key: wanted(_init(module, key)))(key)
+
+
+def _init(module: TextModel, key: Array) -> Params:
+    shape = (1, 2, 8) if module.task == "multiple-choice" else (1, 8)
+    return module.init(key, jnp.zeros(shape, jnp.int32))["params"]
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """"/"-joined paths, one a layer even where the layers are stacked."""
+    return flatten_dict(unstacked(params), sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    return unflatten_dict(dict(flat), sep="/")
+
+
+def stacked(params: Params) -> Params:
+    """The same parameters with the encoder's layers stacked for `scan`."""
+    return {**params, "encoder": stack_layers(params["encoder"])}
+
+
+def unstacked(params: Params) -> Params:
+    """The same parameters with one entry a layer, whether they were stacked or not."""
+    encoder = params.get("encoder", {})
+    return {**params, "encoder": unstack_layers(encoder)} if "layers" in encoder else params
+
+
+def _declared_task(family: Family, hf_config: Mapping[str, Any], directory: Path) -> str | None:
+    declared = hf_config.get("architectures") or []
+    for task, architecture in family.architectures.items():
+        if architecture in declared:
+            return task
+    raise JaxptmError(
+        f"{directory / 'config.json'}: architectures {declared} names no head of {family.model_type}; pass the task."
+    )
+
+
+def _restore_orbax(path: Path, config: TextConfig, task: str | None) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(path.absolute())
+    except (ValueError, OSError, KeyError) as error:
+        raise JaxptmError(f"{path}: is no complete Orbax checkpoint ({error}).") from error
+    return flatten(params)
