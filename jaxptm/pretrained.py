@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from pydantic import ValidationError
 
 from jaxptm.config import validate
@@ -21,7 +20,8 @@ from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.hf import files
 from jaxptm.hf import table as weights
 from jaxptm.models import FAMILIES, PRESETS, Family
-from jaxptm.nn.core import Execution, stack_layers, unstack_layers
+from jaxptm.models.params import abstract_params, flatten, initialise, unflatten, unstacked
+from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextConfig, TextModel
 from jaxptm.types import Array, JaxptmError, Params
 
@@ -84,7 +84,8 @@ class Model:
         Args:
             output_hidden_states: also return the embeddings and the output of every layer.
             **inputs: arrays of one shape [B, L] (multiple-choice: [B, C, L]): `input_ids`, and if wanted
-                `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids`.
+                `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids`; and `mlm_positions` [B, P], where
+                alone a language-model head runs.
 
         Raises:
             JaxptmError: an input without a name here, of another shape, or with an id outside its table.
@@ -97,7 +98,7 @@ class Model:
     @cached_property
     def _apply(self) -> Any:
         def apply(params: Params, inputs: dict[str, Array], output_hidden_states: bool) -> dict[str, Any]:
-            return self.module.apply({"params": params}, **inputs, output_hidden_states=output_hidden_states)  # type: ignore[return-value]
+            return self.module.apply({"params": params}, **inputs, output_hidden_states=output_hidden_states)
 
         return jax.jit(apply, static_argnums=2)
 
@@ -115,11 +116,13 @@ class Model:
             "position_ids": self.config.max_position_embeddings,
             "attention_mask": 2,
             "segment_ids": np.iinfo(np.int32).max,
+            "mlm_positions": ids.shape[-1],
         }
         for name, array in arrays.items():
             if name not in limits:
                 raise JaxptmError(f"the model has no input `{name}`, only {', '.join(limits)}.")
-            if array.shape != ids.shape:
+            fits = array.shape[:-1] == ids.shape[:-1] if name == "mlm_positions" else array.shape == ids.shape
+            if not fits:
                 raise JaxptmError(f"`{name}` has shape {list(array.shape)}, `input_ids` {list(ids.shape)}.")
             if array.dtype.kind not in "iub":
                 raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
@@ -132,8 +135,14 @@ class Model:
             )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Writes config.json, safetensors and the tokenizer files that transformers opens with no key to spare."""
+        """Writes config.json, safetensors and the tokenizer files that transformers opens with no key to spare.
+
+        Raises:
+            JaxptmError: the directory cannot be written, or holds an Orbax checkpoint.
+        """
         directory = Path(directory)
+        if (directory / ORBAX_PARAMS).exists():
+            raise JaxptmError(f"{directory}: holds a model in Orbax's format; choose another directory.")
         tensors = weights.save(self.family.table(self.config, self.task), flatten(self.params)) | dict(self.dead)
         if self.task is None:
             tensors = {name.removeprefix(self.family.prefix): tensor for name, tensor in tensors.items()}
@@ -141,10 +150,16 @@ class Model:
         self._save_tokenizer(directory)
 
     def save_orbax(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the same directory with the parameters as an Orbax checkpoint, for other JAX programs."""
+        """Writes the same directory with the parameters as an Orbax checkpoint, for other JAX programs.
+
+        Raises:
+            JaxptmError: the directory holds weights in another format.
+        """
         import orbax.checkpoint as ocp
 
         directory = Path(directory)
+        if any((directory / name).exists() for name in files.WEIGHTS):
+            raise JaxptmError(f"{directory}: holds a model in Hugging Face's format; choose another directory.")
         directory.mkdir(parents=True, exist_ok=True)
         files.write_json(directory / "config.json", self._config_json())
         self._save_tokenizer(directory)
@@ -152,12 +167,15 @@ class Model:
             checkpointer.save((directory / ORBAX_PARAMS).absolute(), unstacked(self.params), force=True)
 
     def _config_json(self) -> dict[str, Any]:
+        theirs, ours = dict(self.hf_config), self.family.to_hf(self.config)
         # Their own names of labels stay where the number of labels did.
-        ours = self.family.to_hf(self.config)
-        if len(self.hf_config.get("id2label", {})) == self.config.num_labels:
-            ours = {key: value for key, value in ours.items() if key not in ("id2label", "label2id")}
+        stale = ours if len(theirs.get("id2label") or {}) == self.config.num_labels else theirs
+        for key in ("id2label", "label2id"):
+            stale.pop(key, None)
+        for key in ("num_labels", "torch_dtype"):  # what old versions wrote beside `id2label` and `dtype`
+            theirs.pop(key, None)
         return {
-            **self.hf_config,
+            **theirs,
             **ours,
             "model_type": self.family.model_type,
             "architectures": [self.family.architectures[self.task]],
@@ -204,11 +222,11 @@ def from_pretrained(
         raise JaxptmError(f"{family.model_type} has no head for the task {task!r}; it has {tasks} (or \"auto\").")
     config = read_config(family, hf_config, directory)
     if num_labels is not None:
-        config = config.model_copy(update={"num_labels": num_labels})
+        config = validate(family.config, {**config.model_dump(), "num_labels": num_labels}, "from_pretrained")
 
     execution = Execution(jnp.dtype(dtype), jnp.dtype(param_dtype))
     if (directory / ORBAX_PARAMS).is_dir():
-        tensors = weights.save(family.table(config, task), _restore_orbax(directory / ORBAX_PARAMS, config, task))
+        tensors = _restore_orbax(directory / ORBAX_PARAMS, family, config)
     else:
         tensors = {family.modern_name(name): tensor for name, tensor in files.read_tensors(directory).items()}
     if task is None and not any(name.startswith(f"{family.prefix}pooler.") for name in tensors):
@@ -291,43 +309,6 @@ def check_vocabulary(tokenizer: Any, config: TextConfig, source: str) -> None:
         )
 
 
-def abstract_params(module: TextModel) -> Params:
-    """Shapes and dtypes of a module's parameters, without computing any."""
-    return jax.eval_shape(lambda: _init(module, jax.random.key(0)))
-
-
-def initialise(module: TextModel, key: Array, only: list[str] | None = None) -> Params:
-    """Fresh parameters, in one compiled call; of the top-level modules `only` where given."""
-    wanted = (lambda params: {name: params[name] for name in only}) if only else (lambda params: params)
-    return jax.jit(lambda key: wanted(_init(module, key)))(key)
-
-
-def _init(module: TextModel, key: Array) -> Params:
-    shape = (1, 2, 8) if module.task == "multiple-choice" else (1, 8)
-    return module.init(key, jnp.zeros(shape, jnp.int32))["params"]
-
-
-def flatten(params: Params) -> dict[str, Any]:
-    """"/"-joined paths, one a layer even where the layers are stacked."""
-    return flatten_dict(unstacked(params), sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The inverse of `flatten`."""
-    return unflatten_dict(dict(flat), sep="/")
-
-
-def stacked(params: Params) -> Params:
-    """The same parameters with the encoder's layers stacked for `scan`."""
-    return {**params, "encoder": stack_layers(params["encoder"])}
-
-
-def unstacked(params: Params) -> Params:
-    """The same parameters with one entry a layer, whether they were stacked or not."""
-    encoder = params.get("encoder", {})
-    return {**params, "encoder": unstack_layers(encoder)} if "layers" in encoder else params
-
-
 def _declared_task(family: Family, hf_config: Mapping[str, Any], directory: Path) -> str | None:
     declared = hf_config.get("architectures") or []
     for task, architecture in family.architectures.items():
@@ -338,12 +319,21 @@ def _declared_task(family: Family, hf_config: Mapping[str, Any], directory: Path
     )
 
 
-def _restore_orbax(path: Path, config: TextConfig, task: str | None) -> dict[str, np.ndarray]:
+def _restore_orbax(path: Path, family: Family, config: TextConfig) -> dict[str, np.ndarray]:
+    """The parameters under the names of the weight tables of all heads; one that none of them knows keeps its own."""
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path.absolute())
-    except (ValueError, OSError, KeyError) as error:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            # As numpy arrays: the devices that saved them need not be here.
+            stored = checkpointer.metadata(path.absolute()).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            params = flatten(checkpointer.restore(path.absolute(), restore_args=as_numpy))
+    except (ValueError, OSError, KeyError, AttributeError) as error:
         raise JaxptmError(f"{path}: is no complete Orbax checkpoint ({error}).") from error
-    return flatten(params)
+    rows = {row.theirs: row for task in family.architectures for row in family.table(config, task).rows}
+    found = [row for row in rows.values() if all(name in params for name in row.paths)]
+    named = {name for row in found for name in row.paths}
+    return weights.save(weights.Table(found), {name: params[name] for name in named}) | {
+        name: tensor for name, tensor in params.items() if name not in named
+    }

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxptm.errors import JaxptmError as JaxptmError
+
 Array = jax.Array
 Params = dict[str, Any]
 """A plain nested dict of arrays; its "/"-joined paths are the left column of the weight tables."""
@@ -51,7 +53,3 @@ class TrainState(NamedTuple):
     step: Array
     params: Params
     opt_state: Any
-
-
-class JaxptmError(Exception):
-    """An error that the user can act on: one sentence with the place and the remedy, shown without a traceback."""

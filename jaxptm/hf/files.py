@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -41,20 +41,15 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
     name = str(path_or_hub_id)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise JaxptmError(f"{name}: there is no such directory.")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", *TOKENIZER_FILES]
     try:
-        try:
-            files = HfApi().list_repo_files(name)
-            safe = any(file.endswith(".safetensors") for file in files)
-            patterns += ["model*.safetensors*"] if safe else ["pytorch_model*.bin*"]
-        except (OSError, LocalEntryNotFoundError):
-            patterns += ["model*.safetensors*", "pytorch_model*.bin*"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        path = Path(snapshot_download(name, allow_patterns=["config.json", *TOKENIZER_FILES, "model*.safetensors*"]))
+        if not any(path.glob("model*.safetensors*")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
+        return path
+    except Exception as error:  # huggingface_hub and the HTTP library under it raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JaxptmError(f"{name}: no such directory here, and the Hugging Face hub did not give it: {reason}") from error
 
 
@@ -77,7 +72,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     Raises:
         JaxptmError: no weights, a shard that the index names is missing, a truncated or foreign file.
     """
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         file = directory / name
         if not file.exists():
             continue
@@ -95,18 +90,22 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
         if lost:
             raise JaxptmError(f"{file}: its shards lack {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}.")
         return tensors
-    raise JaxptmError(f"{directory}: holds no weights; expected one of {', '.join(_WEIGHTS)}.")
+    raise JaxptmError(f"{directory}: holds no weights; expected one of {', '.join(WEIGHTS)}.")
 
 
 def write_model(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes config.json and safetensors, in shards with an index where they pass `max_shard_bytes`."""
+    """Writes config.json and safetensors, in shards with an index where they pass `max_shard_bytes`.
+
+    A model that was there before is replaced once the new one is on the disk.
+
+    Raises:
+        JaxptmError: the directory cannot be written, for instance because the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in [*directory.glob("model*.safetensors"), *directory.glob("model.safetensors.index.json")]:
-        stale.unlink()
     shards: list[dict[str, np.ndarray]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -118,12 +117,23 @@ def write_model(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    for file, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / file, metadata={"format": "pt"})
-    write_json(directory / "config.json", config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, shard in zip(names, shards, strict=True):
+            save_file(shard, directory / f"{file}.partial", metadata={"format": "pt"})
+        for stale in directory.glob("model*.safetensors*"):
+            if stale.suffix != ".partial":
+                stale.unlink()
+        for file in names:
+            (directory / f"{file}.partial").replace(directory / file)
+        if len(shards) > 1:
+            index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            content = {"metadata": {"total_size": total}, "weight_map": index}
+            write_json(directory / "model.safetensors.index.json", content)
+        write_json(directory / "config.json", config)
+    except (OSError, SafetensorError) as error:
+        raise JaxptmError(f"{directory}: the model cannot be written: {error}.") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -166,9 +176,9 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
     try:
         # weights_only: tensors are rebuilt, no code of the file runs.
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: _from_torch(tensor) for name, tensor in tensors.items()}
+        return {name: _from_torch(tensor.detach()) for name, tensor in tensors.items()}
     except Exception as error:  # torch raises many kinds here: pickle, zip, runtime and attribute errors
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JaxptmError(f"{file}: is no checkpoint of plain tensors ({reason}); download it again.") from error
 
 

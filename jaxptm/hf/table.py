@@ -6,12 +6,12 @@ Import reads the rows from right to left, export the same rows from left to righ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxptm.types import JaxptmError
+from jaxptm.types import Array, JaxptmError
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -96,7 +96,7 @@ def load(
     *,
     source: str,
     heads: Sequence[str] = (),
-    known: set[str] = frozenset(),  # type: ignore[assignment]
+    known: Set[str] = frozenset(),
 ) -> Loaded:
     """Reads their tensors into our flat "/"-joined parameters.
 
@@ -137,8 +137,15 @@ def load(
     return Loaded(params, absent, {name: tensors[name] for name in table.dead if name in tensors})
 
 
-def save(table: Table, params: Tensors) -> dict[str, np.ndarray]:
-    """Our flat parameters as their tensors, tied and dead ones included."""
+def save(table: Table, params: Mapping[str, np.ndarray | Array]) -> dict[str, np.ndarray]:
+    """Our flat parameters as their tensors, tied and dead ones included.
+
+    Raises:
+        JaxptmError: parameters that no row names; they would be lost.
+    """
+    lost = sorted(set(params) - {path for row in table.rows for path in row.paths})
+    if lost:
+        raise JaxptmError(f"the weight table has no place for the parameters {', '.join(lost)}.")
     tensors = {row.theirs: row.operation.save([np.asarray(params[path]) for path in row.paths]) for row in table.rows}
     for name, original in {**table.tied, **table.dead}.items():
         tensors[name] = tensors[original]

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from jaxptm.models import bert
 from jaxptm.models.family import Family
+from jaxptm.nn.text import TextConfig
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (bert.FAMILY,)}
 PRESETS = {name: (family, config) for family in FAMILIES.values() for name, config in family.presets.items()}
 
-__all__ = ["FAMILIES", "PRESETS", "Family"]
+__all__ = ["FAMILIES", "PRESETS", "Family", "family_of"]
+
+
+def family_of(config: TextConfig) -> Family:
+    """The family that a config belongs to."""
+    return next(family for family in FAMILIES.values() if type(config) is family.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxptm.hf.table import Row, Table, dense, norm
 from jaxptm.models.family import Family
@@ -12,6 +12,8 @@ from jaxptm.nn.text import POOLED_TASKS, TextConfig, TextModel
 
 class BertConfig(TextConfig):
     """Sizes of a BERT; the defaults are BERT-base, uncased."""
+
+    norm: Literal["post"] = "post"
 
 
 def _size(layers: int, width: int) -> BertConfig:

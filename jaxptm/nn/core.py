@@ -190,7 +190,7 @@ class Transformer(nn.Module):
             layers = kind(self.config, self.execution, train, name="layers")
 
             def body(layer: nn.Module, x: Array, _: None) -> tuple[Array, Array | None]:
-                x = layer(x, mask)  # type: ignore[operator]
+                x = layer(x, mask)
                 return x, x if output_hidden_states else None
 
             scan = nn.scan(

@@ -42,7 +42,7 @@ class MlmHead(nn.Module):
         logits = jnp.einsum(
             "...d,vd->...v", x, table.astype(self.execution.dtype), preferred_element_type=jnp.float32
         )
-        return logits + bias.astype(jnp.float32)
+        return logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
 
 
 class Classifier(nn.Module):

@@ -110,9 +110,10 @@ class TextModel(nn.Module):
             output_hidden_states: adds `hidden_states`, one [B, L, D] before each layer and one after the last.
         """
         rows = input_ids.shape[:-1]
-        input_ids, attention_mask, token_type_ids, position_ids, segment_ids = (
-            None if ids is None else ids.reshape(-1, ids.shape[-1])
-            for ids in (input_ids, attention_mask, token_type_ids, position_ids, segment_ids)
+        input_ids = input_ids.reshape(-1, input_ids.shape[-1])
+        attention_mask, token_type_ids, position_ids, segment_ids = (
+            None if ids is None else ids.reshape(input_ids.shape)
+            for ids in (attention_mask, token_type_ids, position_ids, segment_ids)
         )
         embeddings = TextEmbeddings(self.config, self.execution, name="embeddings")
         x = embeddings(
@@ -125,9 +126,8 @@ class TextModel(nn.Module):
             x, visible_keys(attention_mask, segment_ids), train=train, output_hidden_states=output_hidden_states
         )
 
-        pooled = None
-        if self.task in POOLED_TASKS or (self.task is None and self.config.pooler):
-            pooled = Pooler(self.config, self.execution, name="pooler")(hidden)
+        def pool() -> Array:
+            return Pooler(self.config, self.execution, name="pooler")(hidden)
 
         def classify(x: Array, labels: int) -> Array:
             rate = self.config.classifier_dropout
@@ -140,13 +140,13 @@ class TextModel(nn.Module):
             return MlmHead(self.config, self.execution, self.config.vocab_size, name="mlm_head")(at, table)
 
         def is_next() -> Array:
-            return Classifier(self.config, self.execution, 2, 0.0, name="nsp_head")(pooled, train=train)
+            return Classifier(self.config, self.execution, 2, 0.0, name="nsp_head")(pool(), train=train)
 
         match self.task:
             case None:
                 out = {"last_hidden_state": hidden}
-                if pooled is not None:
-                    out["pooler_output"] = pooled
+                if self.config.pooler:
+                    out["pooler_output"] = pool()
             case "masked-lm":
                 out = {"logits": predict_tokens()}
             case "pretraining":
@@ -154,11 +154,11 @@ class TextModel(nn.Module):
             case "next-sentence":
                 out = {"logits": is_next()}
             case "sequence-classification":
-                out = {"logits": classify(pooled, self.config.num_labels)}
+                out = {"logits": classify(pool(), self.config.num_labels)}
             case "token-classification":
                 out = {"logits": classify(hidden, self.config.num_labels)}
             case "multiple-choice":
-                out = {"logits": classify(pooled, 1).reshape(rows)}
+                out = {"logits": classify(pool(), 1).reshape(rows)}
             case "question-answering":
                 span = Classifier(self.config, self.execution, 2, 0.0, name="qa_head")(hidden, train=train)
                 out = {"start_logits": span[..., 0], "end_logits": span[..., 1]}
@@ -167,3 +167,21 @@ class TextModel(nn.Module):
         if output_hidden_states:
             out["hidden_states"] = states
         return out
+
+
+def forward_flops(config: TextConfig, task: str | None, rows: int, length: int, predictions: int) -> float:
+    """Floating point operations of the matrix products of one forward pass, two a multiply-add.
+
+    The usual count for model FLOP utilisation: padding counts, and norms, activations and lookups do not.
+
+    Args:
+        predictions: tokens a row that a language-model head runs on.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    token = config.num_hidden_layers * (4 * width**2 + 2 * width * inner + 2 * length * width)
+    head = 0
+    if task in ("masked-lm", "pretraining"):
+        head += predictions * (width**2 + width * config.vocab_size)
+    if task in POOLED_TASKS:
+        head += width**2
+    return 2.0 * rows * (length * token + head)

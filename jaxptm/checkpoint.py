@@ -1,0 +1,336 @@
+"""Checkpoints of a training run: saved in the background, restored onto any devices, never half.
+
+Orbax writes each one into a temporary directory and renames it when it is whole. A list of checksums travels inside,
+so that damage that happens later (a truncated file, a bad disk) is noticed before anything is restored.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from jaxptm.types import JaxptmError, TrainState
+
+logger = logging.getLogger(__name__)
+# Orbax narrates through absl; what a user must know is said here, once.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+_CHECKSUMS = "checksums.json"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, and besides them the one with the lowest evaluation loss.
+
+    One directory a step holds two items: `state` (step, parameters, optimizer state) and `meta` (small JSON).
+
+    Only saving changes what is on disk, so a run can be read while it trains.
+    """
+
+    def __init__(self, directory: str | Path, keep: int) -> None:
+        """Opens `directory`, made when absent; `keep` >= 1.
+
+        Raises:
+            JaxptmError: the directory cannot be made.
+        """
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._losses: dict[int, float] = {}
+        self._damaged: list[int] = []
+        self._saving: int | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._leftovers = sorted(path for path in self.directory.iterdir() if _TEMPORARY in path.name)
+        except OSError as error:
+            raise JaxptmError(f"{self.directory}: cannot be used for checkpoints: {error.strerror}.") from error
+        self._manager = self._open()
+        for step in self._manager.all_steps():
+            self._note_loss(step)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step on disk, or being written."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest evaluation loss, or None when none was evaluated."""
+        steps = [step for step in self._manager.all_steps() if step in self._losses]
+        return min(steps, key=self._losses.__getitem__, default=None)
+
+    def save(self, state: TrainState, metrics: Mapping[str, SupportsFloat] | None, meta: Mapping[str, Any]) -> None:
+        """Begins to save `state` under its own step and returns once it may be donated or overwritten.
+
+        Waits for the save before it. A step that is saved already stays as it is.
+
+        Args:
+            state: arrays of any sharding.
+            metrics: of an evaluation at this step, or None; `metrics["loss"]` decides which checkpoint is best.
+            meta: small JSON that `restore` hands back.
+
+        Raises:
+            JaxptmError: this save could not begin, or the one before it has failed; for instance the disk is full.
+        """
+        self.wait()
+        self._set_aside()
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        if jax.default_backend() == "cpu":
+            # Orbax reads the buffers themselves in the background; on other backends it has copied them to the host.
+            state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        evaluation = {name: float(value) for name, value in (metrics or {}).items()}
+        if math.isfinite(evaluation.get("loss", math.nan)):
+            self._losses[step] = evaluation["loss"]
+        self._saving = step
+        with self._reported():
+            record = {"meta": dict(meta), "metrics": evaluation}
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
+            self._manager.save(step, args=items, force=True)
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """Reads the newest whole checkpoint, or that of `step`.
+
+        Half-written and damaged ones are passed over, each with one logged sentence.
+
+        Args:
+            like: arrays or `jax.ShapeDtypeStruct`s: the structure, shapes, types and shardings to restore. The devices
+                need not be those that saved. A leaf without a sharding goes to the first device.
+
+        Returns:
+            The state and its `meta`; None when there is no checkpoint at all.
+
+        Raises:
+            JaxptmError: the checkpoint holds another model or optimizer, or every checkpoint is damaged.
+        """
+        self.wait()
+        for path in self._leftovers:
+            logger.warning("%s was never finished and is passed over.", path)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if step is not None:
+            steps = [candidate for candidate in steps if candidate == step]
+        for candidate in steps:
+            path = self.directory / str(candidate)
+            damage = _damage(path)
+            if damage is None:
+                return self._read(candidate, like)
+            logger.warning("%s is damaged (%s) and is passed over.", path, damage)
+            if candidate not in self._damaged:
+                self._damaged.append(candidate)
+        if steps:
+            raise JaxptmError(
+                f"{self.directory}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "
+                "restore them from a backup, or delete the directory to train from the start."
+            )
+        return None
+
+    def check_for_errors(self) -> None:
+        """Raises the JaxptmError of a background save that has failed; never waits."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save in progress is on disk; raises JaxptmError when it failed."""
+        if self._saving is not None:
+            with self._reported():
+                self._manager.wait_until_finished()
+            self._saving = None
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(self),
+            lightweight_initialize=True,
+            save_root_metadata=False,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        state, meta = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+        registry.add("state", ocp.args.StandardSave, state)
+        registry.add("state", ocp.args.StandardRestore, state)
+        registry.add("meta", ocp.args.JsonSave, meta)
+        registry.add("meta", ocp.args.JsonRestore, meta)
+        return ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        path = self.directory / str(step)
+        try:
+            saved = _leaves(self._manager.item_metadata(step).state.tree)
+            differences = _differences(saved, _leaves(like))
+            if not differences:
+                items = ocp.args.Composite(
+                    state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), meta=ocp.args.JsonRestore()
+                )
+                restored = self._manager.restore(step, args=items)
+                return restored.state, restored.meta["meta"]
+        except Exception as error:
+            raise JaxptmError(f"{path}: cannot be restored though its files are whole: {_reason(error)}.") from error
+        shown, more = "; ".join(differences[:4]), len(differences) - 4
+        raise JaxptmError(
+            f"{path}: holds another model or optimizer: {shown}{f'; and {more} more' if more > 0 else ''}. "
+            "Go back to the config that trained it, or choose another `out`."
+        )
+
+    def _note_loss(self, step: int) -> None:
+        try:
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            loss = float(meta["metrics"]["loss"])
+        except Exception:  # damaged, or never evaluated: it is no candidate for the best
+            return
+        if math.isfinite(loss):
+            self._losses[step] = loss
+
+    def _set_aside(self) -> None:
+        """Makes way for saving: damaged steps are renamed, and what killed runs left half-written is deleted."""
+        damaged, self._damaged = self._damaged, []
+        leftovers, self._leftovers = self._leftovers, []
+        if not damaged and not leftovers:
+            return
+        if jax.process_index() == 0:
+            for path in leftovers:
+                shutil.rmtree(path, ignore_errors=True)
+            for step in damaged:
+                path = self.directory / f"{step}.damaged"
+                shutil.rmtree(path, ignore_errors=True)
+                (self.directory / str(step)).rename(path)
+        ocp.multihost.sync_global_processes("jaxptm:set_aside")
+        self._manager.reload()
+
+    def _write_checksums(self) -> None:
+        """Runs in the background after the items are written, before their directory gets its final name."""
+        if jax.process_index() == 0:
+            path = self.directory / str(self._saving)
+            path = next(self.directory.glob(f"{self._saving}{_TEMPORARY}*"), path)
+            with (path / _CHECKSUMS).open("w") as file:
+                json.dump(_checksums(path), file, indent=0)
+                file.flush()
+                os.fsync(file.fileno())
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            step, self._saving = self._saving, None
+            self._recover(step)
+            remedy = "free some space" if _is_full(error) else "remove the cause"
+            raise JaxptmError(
+                f"{self.directory}: the checkpoint of step {step} could not be saved: {_reason(error)}. "
+                f"Earlier checkpoints are intact; {remedy} and run the same command again."
+            ) from error
+
+    def _recover(self, step: int | None) -> None:
+        self._losses.pop(step, None)  # type: ignore[arg-type]
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"{step}{_TEMPORARY}*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self._manager.reload()
+
+
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Which checkpoints stay; Orbax asks after each save and deletes the others once the new one is whole."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        newest = {info.step for info in checkpoints[-self._checkpoints._keep :]}
+        return [info.step in newest or info.step == self._checkpoints.best_step for info in checkpoints]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    def form(leaf: Any) -> str:
+        return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+    differences = []
+    for name in dict.fromkeys([*wanted, *saved]):
+        if name not in saved:
+            differences.append(f"`{name}` is missing")
+        elif name not in wanted:
+            differences.append(f"`{name}` is not wanted")
+        elif form(saved[name]) != form(wanted[name]):
+            differences.append(f"`{name}` is {form(saved[name])}, not {form(wanted[name])}")
+    return differences
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    files = sorted(file for item in ("state", "meta") for file in (path / item).rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): _checksum(file) for file in files}
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint in `path`, or None."""
+    try:
+        expected = json.loads((path / _CHECKSUMS).read_text())
+        for name, checksum in expected.items():
+            if _checksum(path / name) != checksum:
+                return f"{name} is truncated or altered"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(path)} is missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return any(
+        getattr(link, "errno", None) in codes or any(os.strerror(code) in str(link) for code in codes)
+        for link in _chain(error)
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if _is_full(error):
+        return "the disk is full"
+    return str(error).split("\n")[0].rstrip(".") or type(error).__name__

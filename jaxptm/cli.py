@@ -1,0 +1,190 @@
+"""The command line: what people type. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from jaxptm.errors import JaxptmError
+
+app = typer.Typer(
+    help="Pre-trained encoders in JAX. Add --debug to any command to see tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Command = TypeVar("Command", bound=Callable[..., Any])
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/pretrain/bert_mini.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.KEY=VALUE]...", help="Values instead of the file's.")]
+
+
+def main() -> None:
+    """The entry point `jaxptm`."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("jaxptm").setLevel(logging.INFO)
+    app([argument for argument in sys.argv[1:] if argument != "--debug"])
+
+
+def _reported(command: Command) -> Command:
+    """An error becomes one message and exit status 1; with --debug its traceback is shown."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if "--debug" in sys.argv:
+                raise
+            print(f"error: {_message(error)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, JaxptmError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the run directory'}: the disk is full; free some space and run the same command again."
+    return f"{type(error).__name__}: {error} (this is a bug or a broken installation; --debug shows where)"
+
+
+@app.command()
+@_reported
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Pre-train as CONFIG says. Resumes by itself when the run directory holds a checkpoint."""
+    from jaxptm.config import load_config
+    from jaxptm.training import train
+
+    results = train(load_config(config, overrides or ()))
+    if results["finished"]:
+        _print_values(results["train"] | {f"eval {name}": value for name, value in results["eval"].items()})
+
+
+@app.command()
+@_reported
+def evaluate(
+    run_or_model: Annotated[str, typer.Argument(help="A run directory, a model directory or a hub name.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+) -> None:
+    """Measure a model on the held-out data of CONFIG."""
+    from jaxptm.config import load_config
+    from jaxptm.evaluation import evaluate
+
+    _print_values(evaluate(run_or_model, load_config(config, overrides or ())))
+
+
+@app.command()
+@_reported
+def predict(
+    task: Annotated[str, typer.Argument(help="fill-mask")],
+    model: Annotated[str, typer.Argument(help="A model directory or a hub name.")],
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Default: lines of standard input.")] = None,
+    top_k: Annotated[int, typer.Option(help="Answers for each mask.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
+) -> None:
+    """Ask a model."""
+    from jaxptm.pipelines import pipeline
+
+    texts = inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not texts:
+        raise JaxptmError("no text given: pass it as arguments or on standard input.")
+    for text, result in zip(texts, pipeline(task, model)(texts, top_k=top_k), strict=True):
+        if as_json:
+            print(json.dumps({"input": text, "output": result}, ensure_ascii=False))
+            continue
+        print(text)
+        masks = [result] if isinstance(result[0], dict) else result
+        for answers in masks:
+            print("  " + "   ".join(f"{answer['token_str']} {answer['score']:.1%}" for answer in answers))
+
+
+@app.command()
+@_reported
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    host: Annotated[int, typer.Option(help="Which of the hosts this is, from 0.")] = 0,
+    hosts: Annotated[int, typer.Option(help="How many hosts share the work; each takes every n-th file.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Parallel workers; default one a core.")] = None,
+) -> None:
+    """Turn the corpus of CONFIG into token shards. An interrupted run goes on where it stopped."""
+    from jaxptm.config import load_config
+    from jaxptm.data.corpus import prepare
+    from jaxptm.run import prepared_directory
+
+    loaded = load_config(config, overrides or ())
+    directory = prepared_directory(loaded)
+    manifest = prepare(loaded.data, directory, host=host, hosts=hosts, workers=workers, progress=_note)
+    print(f"{directory}: {manifest}")
+
+
+@app.command()
+@_reported
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory, a hub name, or a run directory.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
+    to: Annotated[str, typer.Option(help="hf: config.json and safetensors; orbax: parameters as an Orbax checkpoint.")] = "hf",
+    step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; default the newest.")] = None,
+) -> None:
+    """Convert weights between Hugging Face directories, Orbax, and the checkpoints of a run."""
+    from jaxptm.pretrained import from_pretrained
+    from jaxptm.training import restore_model
+
+    if to not in ("hf", "orbax"):
+        raise JaxptmError(f"--to {to}: write hf or orbax.")
+    is_run = (Path(source) / "checkpoints").is_dir()
+    if step is not None and not is_run:
+        raise JaxptmError(f"--step is for run directories; {source} holds no checkpoints/.")
+    model = restore_model(Path(source), step) if is_run else from_pretrained(source, "auto")
+    (model.save_pretrained if to == "hf" else model.save_orbax)(target)
+    print(f"{target}: {model.family.architectures[model.task]}, {to}")
+
+
+@app.command()
+@_reported
+def doctor() -> None:
+    """Show devices, versions and caches, and what is missing."""
+    import platform
+    from importlib import metadata
+
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for name in ("jaxptm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers"):
+        print(f"{name} {metadata.version(name)}")
+    for name, need in (("torch", "only to read pytorch_model.bin"), ("libtpu", "only on TPU")):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed ({need})")
+    import jax
+    from huggingface_hub import constants
+
+    print(f"devices: {', '.join(f'{device.device_kind} ({device.platform})' for device in jax.devices())}")
+    print(f"process {jax.process_index()} of {jax.process_count()}")
+    print(f"Hugging Face cache: {constants.HF_HUB_CACHE}")
+    print(f"compilation cache: {jax.config.jax_compilation_cache_dir or 'off (set JAX_COMPILATION_CACHE_DIR)'}")
+
+
+def _note(share: float, line: str) -> None:
+    print(f"{share:4.0%} {line}", file=sys.stderr)
+
+
+def _print_values(values: dict[str, float]) -> None:
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:{width}}  {value:.6g}")
+
+
+if __name__ == "__main__":
+    main()

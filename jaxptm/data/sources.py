@@ -1,0 +1,247 @@
+"""Where text comes from: files, globs, directories and Hugging Face datasets, read as a stream of text blocks."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from jaxptm.errors import JaxptmError
+
+DOCUMENT_END = "\0"
+"""Ends a document in a text block; within a document lines end with a newline."""
+BLOCK = 2**20
+"""Characters a block holds, about: what bounds the memory of reading."""
+DATASET_ROWS = 50_000
+"""Rows of a Hugging Face dataset that make one source."""
+
+_KINDS = {"txt": "text", "jsonl": "jsonl", "parquet": "parquet"}
+_FILE = re.compile(r"\.(?:(txt|jsonl)(?:\.gz|\.zst)?|(parquet))$")
+_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+_KNOWN = ".txt, .jsonl (both also .gz or .zst) or .parquet"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a stretch of rows of a Hugging Face dataset: what becomes one token shard."""
+
+    name: str
+    kind: str
+    rows: tuple[int, int] | None = None
+    fingerprint: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What it is, whatever the working directory."""
+        if self.kind == "dataset":
+            return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+        return os.path.abspath(self.name)
+
+    @property
+    def stamp(self) -> list[int | str]:
+        """Changes when the content does: size in bytes and time of modification, or the dataset's fingerprint."""
+        if self.kind == "dataset":
+            return [self.fingerprint] if self.fingerprint else []
+        status = os.stat(self.name)
+        return [status.st_size, status.st_mtime_ns]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk; a guess for rows of a dataset."""
+        return 2**25 if self.kind == "dataset" else os.stat(self.name).st_size
+
+
+def find_sources(patterns: str | list[str]) -> list[Source]:
+    """The sources that paths, globs, directories and dataset names stand for, each once; globs and directories are sorted.
+
+    A dataset comes back as one source; `split_dataset` opens it.
+
+    Raises:
+        JaxptmError: a pattern stands for nothing, or for a file of an unknown kind.
+    """
+    found = {source.key: source for pattern in _listed(patterns) for source in _find(pattern)}
+    return list(found.values())
+
+
+def split_dataset(source: Source) -> list[Source]:
+    """A dataset as sources of at most `DATASET_ROWS` rows; a file as itself."""
+    if source.kind != "dataset":
+        return [source]
+    dataset = _load_dataset(source.name)
+    stops = range(0, len(dataset), DATASET_ROWS)
+    fingerprint = str(dataset._fingerprint)
+    return [Source(source.name, "dataset", (i, min(i + DATASET_ROWS, len(dataset))), fingerprint) for i in stops]
+
+
+def read_blocks(source: Source, text_field: str) -> Iterator[str]:
+    """The text as blocks of about `BLOCK` characters of whole lines, in bounded memory (a line, or a record, is held whole).
+
+    Each block ends with a newline or `DOCUMENT_END`, the last one with `DOCUMENT_END`. Carriage returns are line ends
+    and NUL characters blanks.
+
+    Raises:
+        JaxptmError: what is not UTF-8, JSON or Parquet, or has no such field, or is damaged, with the file and the line.
+    """
+    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "dataset": _read_dataset}
+    try:
+        yield from readers[source.kind](source, text_field)
+    except (EOFError, zlib.error, OSError, ValueError) as error:  # pyarrow's errors derive from the last two
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise JaxptmError(f"{source.name}: cannot read it, the file may be truncated or damaged: {reason}") from error
+
+
+def _listed(patterns: str | list[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _find(pattern: str) -> list[Source]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and _FILE.search(file.name))
+        if not files:
+            raise JaxptmError(f"{pattern}: the directory holds no {_KNOWN} file.")
+    elif path.is_file():
+        files = [str(path)]
+    else:
+        files = sorted(file for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
+    if files:
+        return [_file(file) for file in files]
+    if glob.has_magic(pattern) or _FILE.search(pattern) or not _DATASET.fullmatch(pattern):
+        raise JaxptmError(f"{pattern}: matches no file.")
+    return [Source(pattern, "dataset")]
+
+
+def _file(path: str) -> Source:
+    match = _FILE.search(path)
+    if match is None:
+        raise JaxptmError(f"{path}: is not a {_KNOWN} file.")
+    return Source(path, _KINDS[match[1] or match[2]])
+
+
+def _open(path: str) -> BinaryIO:
+    if path.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.endswith(".zst"):
+        import pyarrow
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), BLOCK))
+    return open(path, "rb")
+
+
+def _read_text(source: Source, text_field: str) -> Iterator[str]:
+    """Documents part at blank lines; they may be longer than a block."""
+    with _open(source.name) as binary, io.TextIOWrapper(binary, encoding="utf-8") as file:
+        first = True
+        try:
+            while lines := file.readlines(BLOCK):
+                if first:
+                    lines[0] = lines[0].removeprefix("\ufeff")  # a byte order mark is no text
+                    first = False
+                if not lines[-1].endswith("\n"):
+                    lines[-1] += "\n"
+                yield "".join(DOCUMENT_END if line.isspace() else line.replace("\0", " ") for line in lines)
+        except UnicodeDecodeError as error:
+            raise JaxptmError(_not_utf8(source.name)) from error
+    yield DOCUMENT_END
+
+
+def _not_utf8(path: str) -> str:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"{path}: line {number}: byte {error.start} of the line (0x{line[error.start]:02x}) is not UTF-8 text."
+    return f"{path}: is not UTF-8 text."
+
+
+def _read_jsonl(source: Source, text_field: str) -> Iterator[str]:
+    def texts() -> Iterator[str | None]:
+        with _open(source.name) as file:
+            for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
+                place = f"{source.name}: line {number}"
+                try:
+                    record = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                except UnicodeDecodeError as error:
+                    raise JaxptmError(f"{place}: byte {error.start} of the line is not UTF-8 text.") from error
+                except json.JSONDecodeError as error:
+                    raise JaxptmError(f"{place}: is not JSON: {error.msg} (column {error.colno}).") from error
+                if not isinstance(record, dict) or text_field not in record:
+                    fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                    raise JaxptmError(f"{place}: has no field {text_field!r} (data.text_field), only: {fields}.")
+                text = record[text_field]
+                if text is not None and not isinstance(text, str):
+                    raise JaxptmError(f"{place}: field {text_field!r} holds no text but {type(text).__name__}.")
+                yield text
+
+    return _blocks(texts())
+
+
+def _read_parquet(source: Source, text_field: str) -> Iterator[str]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(source.name) as file:
+        _check_column(source, text_field, file.schema_arrow.names)
+        batches = file.iter_batches(batch_size=1000, columns=[text_field])
+        yield from _blocks(text for batch in batches for text in _column(source, text_field, batch.column(0)))
+
+
+def _read_dataset(source: Source, text_field: str) -> Iterator[str]:
+    dataset = _load_dataset(source.name)
+    _check_column(source, text_field, dataset.column_names)
+    first, last = source.rows or (0, len(dataset))
+    dataset = dataset.select_columns([text_field]).with_format("arrow")
+    tables = (dataset[start : min(start + 1000, last)] for start in range(first, last, 1000))
+    return _blocks(text for table in tables for text in _column(source, text_field, table.column(0)))
+
+
+def _check_column(source: Source, text_field: str, names: Iterable[str]) -> None:
+    if text_field not in names:
+        raise JaxptmError(f"{source.name}: has no column {text_field!r} (data.text_field), only: {', '.join(names)}.")
+
+
+def _column(source: Source, text_field: str, column: Any) -> list[str | None]:
+    texts = column.to_pylist()
+    wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+    if wrong is not None:
+        raise JaxptmError(f"{source.name}: column {text_field!r} holds no text but {type(wrong).__name__}.")
+    return texts
+
+
+def _blocks(texts: Iterable[str | None]) -> Iterator[str]:
+    """Documents gathered to blocks."""
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        text = (text or "").replace("\0", " ").replace("\r\n", "\n").replace("\r", "\n")
+        block += text, DOCUMENT_END
+        size += len(text) + 1
+        if size >= BLOCK:
+            yield "".join(block)
+            block, size = [], 0
+    yield "".join([*block, DOCUMENT_END])
+
+
+def _load_dataset(name: str) -> Any:
+    import datasets
+
+    path, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        return datasets.load_dataset(path, config or None, split=split or "train")
+    except Exception as error:  # datasets and huggingface_hub each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise JaxptmError(
+            f"{name}: matches no file, and does not open as a Hugging Face dataset (name, name:config or "
+            f"name:config:split): {reason}"
+        ) from error

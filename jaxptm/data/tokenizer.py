@@ -1,0 +1,289 @@
+"""Tokenizers: opened from files or the hub, trained from text, and named by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxptm.errors import JaxptmError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ALPHABET_LIMIT = 1000
+"""Characters a trained vocabulary spells words with; rarer ones become [UNK], as in BERT's multilingual recipe."""
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of the tokens that frame a row."""
+
+    pad: int
+    cls: int
+    sep: int
+
+
+def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokenizerFast:
+    """Opens a tokenizer.
+
+    Args:
+        name: a directory (or a file in it) that transformers saved, a `tokenizer.json`, a bare WordPiece `vocab.txt`
+            or a directory with nothing else, or a name on the Hugging Face hub.
+        lowercase: for a bare `vocab.txt`, whether text is lowercased and loses its accents (BERT "uncased").
+
+    Raises:
+        JaxptmError: nothing of that name opens, or what opens has no fast (Rust) backend.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".txt":
+        return _wordpiece(_read_vocab(path), lowercase)
+    if path.is_file() and path.suffix == ".json":
+        return _from_json(path)
+    if path.is_dir() and not (path / "tokenizer_config.json").exists():
+        if (path / "tokenizer.json").exists():
+            return _from_json(path / "tokenizer.json")
+        if (path / "vocab.txt").exists():
+            return _wordpiece(_read_vocab(path / "vocab.txt"), lowercase)
+        raise JaxptmError(
+            f"{path}: no tokenizer here: expected tokenizer.json, or vocab.txt, or tokenizer_config.json that names the "
+            "tokenizer_class of the other files."
+        )
+    if path.is_file():
+        raise JaxptmError(f"{path}: is no tokenizer file (.json or .txt).")
+    if not path.exists() and (path.is_absolute() or path.suffix in {".txt", ".json"} or str(name).count("/") > 1):
+        raise JaxptmError(f"{path}: no such tokenizer file or directory.")
+
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # transformers, huggingface_hub and tokenizers each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if path.is_dir():
+            raise JaxptmError(f"{path}: the tokenizer does not open: {reason}") from error
+        raise JaxptmError(
+            f"tokenizer {str(name)!r}: no such directory, and the Hugging Face hub does not give it (no network, or no such "
+            f"repository): {reason}"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise JaxptmError(f"tokenizer {str(name)!r} has no fast version (tokenizer.json), which jaxptm needs.")
+    return tokenizer
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> PreTrainedTokenizerFast:
+    """Learns a WordPiece vocabulary from `texts` and returns BERT's tokenizer with it.
+
+    Ids 0 to 4 are [PAD] [UNK] [CLS] [SEP] [MASK], then come single characters, then pieces in the order they were learnt.
+    The same text gives the same vocabulary. A small corpus may give fewer entries than asked: see `len(tokenizer)`.
+
+    Raises:
+        JaxptmError: the texts hold no word, or `vocab_size` has no room for the alphabet.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(text.split())
+    # BERT's normalisation and splitting see one word at a time, so each distinct word passes through them once.
+    normalize = normalizers.BertNormalizer(lowercase=lowercase).normalize_str
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    pieces: Counter[str] = Counter()
+    for word, count in words.items():
+        for piece, _ in split(normalize(word)):
+            pieces[piece] += count
+    if not pieces:
+        raise JaxptmError("cannot train a tokenizer: the text holds no words.")
+    characters: Counter[str] = Counter()
+    for piece, count in pieces.items():
+        for character in piece:
+            characters[character] += count
+    alphabet = sorted(sorted(characters, key=lambda c: (-characters[c], c))[:ALPHABET_LIMIT])
+    # The trainer numbers "##x" in the order of a randomly seeded hash map; passed as special tokens, they have fixed ids.
+    fixed = [*SPECIAL, *alphabet, *(f"##{character}" for character in alphabet)]
+    if vocab_size < len(fixed):
+        raise JaxptmError(
+            f"data.vocab_size {vocab_size} is too small: the alphabet of the corpus alone takes {len(fixed)} entries."
+        )
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=fixed,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_repeated(pieces), trainer=trainer)
+    return _wordpiece(backend.get_vocab(), lowercase)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 (hex) of everything that decides token ids; padding and truncation settings are left out."""
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    fields.pop("padding", None)
+    fields.pop("truncation", None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
+    """The ids that frame a row.
+
+    Raises:
+        JaxptmError: the tokenizer lacks one of them.
+    """
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SpecialTokens._fields}
+    missing = [name for name, token in ids.items() if token is None]
+    if missing:
+        raise JaxptmError(f"the tokenizer has no {', '.join(missing)} token, which rows of text are framed with.")
+    return SpecialTokens(**ids)
+
+
+class Encoder:
+    """Token ids of text blocks, without special tokens; what looks like a special token in the text is plain text.
+
+    A block is a string in which a newline ends a sentence and `document_end` ends a sentence and its document; it ends
+    with one of the two. In BERT's tokenisation a word's ids do not depend on its neighbours, so each distinct word is
+    tokenised once and looked up afterwards, several times as fast as the tokenizer itself. Other tokenizers see whole
+    sentences, with a space in front of all but the first of a document: byte-level vocabularies need it.
+    """
+
+    TABLE_LIMIT = 2**19
+    """Words the table holds before it starts afresh (some 100 MB)."""
+
+    def __init__(self, backend: Tokenizer, document_end: str):
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        self._document_end = document_end
+        self._document_starts = True
+        self._by_word = _words_are_independent(self._backend)
+        self._table = _WordTable(["\n", document_end])
+
+    def __call__(self, block: str) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " S"], Bool[np.ndarray, " S"]]:
+        """Returns the ids, the offset in them where each sentence (empty ones too) ends, and whether a document ends there."""
+        return self._encode_words(block) if self._by_word else self._encode_sentences(block)
+
+    def _encode_words(self, block: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if len(self._table) > self.TABLE_LIMIT:
+            self._table = _WordTable(["\n", self._document_end])
+        # Other white space stays within "words", where the tokenizer itself decides what it is.
+        words = block.replace("\n", " \n ").replace(self._document_end, f" {self._document_end} ").split(" ")
+        rows, first, length = self._table.look_up(words, self._encode)
+        ends = np.cumsum(length)
+        ids = self._table.ids[np.repeat(first - (ends - length), length) + np.arange(ends[-1])]
+        marks = np.flatnonzero(rows < 2)
+        return ids, ends[marks], rows[marks] == 1
+
+    def _encode_sentences(self, block: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sentences: list[str] = []
+        closes: list[bool] = []
+        for number, document in enumerate(block.split(self._document_end)):
+            if number > 0:
+                closes[-1] = self._document_starts = True
+            for sentence in map(str.strip, document.split("\n")):
+                sentences.append(f" {sentence}" if sentence and not self._document_starts else sentence)
+                closes.append(False)
+                self._document_starts = self._document_starts and not sentence
+        # Nothing follows the last mark.
+        ids, lengths = self._encode(sentences[:-1])
+        return ids, np.cumsum(lengths), np.array(closes[:-1], bool)
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), np.uint32, int(lengths.sum())), lengths
+
+
+class _WordTable(dict[str, int]):
+    """Word -> row number; row r's token ids are `ids[first[r] : first[r] + length[r]]`. The marks have none."""
+
+    def __init__(self, marks: list[str]):
+        super().__init__((mark, row) for row, mark in enumerate(marks))
+        self._new: list[str] = []
+        self.ids = np.zeros(0, np.uint32)
+        self._first = np.zeros(len(marks), np.int64)
+        self._length = np.zeros(len(marks), np.int64)
+
+    def __missing__(self, word: str) -> int:
+        self[word] = row = len(self)
+        self._new.append(word)
+        return row
+
+    def look_up(self, words: list[str], encode: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The words' rows, and those rows' `first` and `length`; words not seen before go through `encode`."""
+        rows = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
+        if self._new:
+            ids, lengths = encode(self._new)
+            firsts = len(self.ids) + np.cumsum(lengths) - lengths
+            self.ids = np.concatenate([self.ids, ids])
+            self._first = np.concatenate([self._first, firsts])
+            self._length = np.concatenate([self._length, lengths])
+            self._new = []
+        return rows, self._first[rows], self._length[rows]
+
+
+def _words_are_independent(backend: Tokenizer) -> bool:
+    """Whether the ids of a text are those of its parts between spaces, one after the other, as in BERT's tokenisation."""
+    fields = json.loads(backend.to_str())
+    parts = [(fields[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
+    spaced = any(" " in token["content"] for token in fields["added_tokens"])
+    return parts == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not spaced
+
+
+def _wordpiece(vocab: dict[str, int], lowercase: bool) -> PreTrainedTokenizerFast:
+    from transformers import BertTokenizerFast
+
+    return BertTokenizerFast(vocab=vocab, do_lower_case=lowercase)
+
+
+def _from_json(path: Path) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise JaxptmError(f"{path}: is no tokenizer.json: {str(error).splitlines()[0]}") from error
+    # A lone tokenizer.json does not say which of its tokens play which part: go by the names that BERT and RoBERTa use.
+    vocab = tokenizer.get_vocab()
+    names = {"pad": ["[PAD]", "<pad>"], "unk": ["[UNK]", "<unk>"], "mask": ["[MASK]", "<mask>"]}
+    names |= {"cls": ["[CLS]", "<s>"], "sep": ["[SEP]", "</s>"]}
+    for part, spellings in names.items():
+        for spelling in spellings:
+            if getattr(tokenizer, f"{part}_token") is None and spelling in vocab:
+                setattr(tokenizer, f"{part}_token", spelling)
+    return tokenizer
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise JaxptmError(f"{path}: the vocabulary is not UTF-8 text (byte {error.start}).") from error
+    if lines[-1] == "":
+        lines.pop()
+    vocab = {token: index for index, token in enumerate(lines)}
+    missing = [token for token in SPECIAL if token not in vocab]
+    if missing:
+        raise JaxptmError(f"{path}: is no WordPiece vocabulary (a token a line): {', '.join(missing)} missing.")
+    return vocab
+
+
+def _repeated(pieces: Counter[str]) -> Iterable[str]:
+    """Each piece as often as it was counted, in strings of at most about a megabyte."""
+    for piece, count in sorted(pieces.items()):
+        step = max(1, 2**20 // (len(piece) + 1))
+        for start in range(0, count, step):
+            yield f"{piece} " * min(step, count - start)

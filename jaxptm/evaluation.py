@@ -1,0 +1,62 @@
+"""Evaluation on held-out data: while training, and of a finished run or any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxptm.config import TrainConfig
+from jaxptm.data.batching import one_pass
+from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.parallel import make_mesh, put_batch, replicated
+from jaxptm.pretrained import from_pretrained
+from jaxptm.run import Run, open_run
+from jaxptm.step import make_evaluate, total
+from jaxptm.types import JaxptmError, Params
+
+
+EVALUATION = 2
+"""Stream of the seed that draws the masks of an evaluation; training uses 0 (parameters) and 1 (steps)."""
+
+
+def evaluate(path: str | Path, config: TrainConfig) -> dict[str, Any]:
+    """Measures a model on the held-out data of `config`.
+
+    Args:
+        path: a run directory (its `model/` is taken), a Hugging Face directory or a hub name.
+        config: says the data, the objective and the masks (`train.seed`).
+
+    Raises:
+        JaxptmError: the config holds nothing out, or the model does not fit it.
+    """
+    if (Path(path) / "model").is_dir():
+        path = Path(path) / "model"
+    model = from_pretrained(path, config.objective.name, dtype=config.train.dtype)
+    run = open_run(config, module=model.module)
+    if run.held_out is None:
+        raise JaxptmError("nothing is held out: set data.eval_files or data.eval_fraction.")
+    if model.tokenizer.get_vocab() != load_tokenizer(run.tokenizer_directory).get_vocab():
+        raise JaxptmError(f"{path} has another vocabulary than data.tokenizer {config.data.tokenizer}.")
+    mesh = make_mesh(config.parallel, config.train)
+    return make_evaluator(run, mesh)(jax.device_put(model.params, replicated(mesh)))
+
+
+def make_evaluator(run: Run, mesh: jax.sharding.Mesh) -> Callable[[Params], dict[str, float]]:
+    """A function of the parameters: `loss` and every term and score over the held-out examples, none lost."""
+    assert run.held_out is not None
+    loop, source = run.config.train, run.held_out
+    step = jax.jit(make_evaluate(run.objective, jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)))
+
+    def evaluator(params: Params) -> dict[str, float]:
+        means = None
+        for index, batch in enumerate(one_pass(source, loop.batch_size // loop.accumulate, loop.eval_batches)):
+            part = step(params, put_batch(mesh, batch), jnp.asarray(index))
+            means = part if means is None else jax.tree.map(jnp.add, means, part)
+        terms, scores = jax.device_get(means)
+        return {"loss": float(total(terms))} | {name: float(mean.value) for name, mean in {**terms, **scores}.items()}
+
+    return evaluator

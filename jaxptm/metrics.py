@@ -1,0 +1,253 @@
+"""What a run writes down about itself: `metrics.jsonl`, TensorBoard, `curves.png`, `results.json`, the progress bar.
+
+Names: `step`, `train/<name>` and `eval/<name>`. Known units: losses in nats, accuracies and utilisation as shares of 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxptm.types import JaxptmError
+
+
+class MetricsLog:
+    """Appends what a run measures to `metrics.jsonl`, and to `tensorboard/` for TensorBoard.
+
+    A line is one JSON object, on disk when `write` returns. NaN and infinities, which JSON lacks, are written as the
+    strings "nan", "inf" and "-inf"; `read_metrics` turns them back into floats.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Opens the log of `run_dir` to append to, making the directory when absent."""
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        self._purge_step: int | None = None
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Appends one line `{"step": step, **metrics}`."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_to_json({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge_step)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def truncate(self, step: int) -> None:
+        """Drops all lines after `step`, and a half-written last line: what a resumed run will write anew.
+
+        To be called before the first `write`; TensorBoard is told to hide the same steps.
+        """
+        self._purge_step = step + 1
+        self._file.close()
+        kept = [_to_json(line) for line in _read_lines(self.path) if line["step"] <= step]
+        _write_atomically(self.path, "".join(line + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Writes out what TensorBoard still buffers."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, oldest first; a half-written last line is left out.
+
+    Raises:
+        JaxptmError: the file cannot be read, or a line before the last is not a JSON object with a `step`.
+    """
+    return [{name: _to_float(value) for name, value in line.items()} for line in _read_lines(Path(path))]
+
+
+def write_results(run_dir: str | Path, results: Mapping[str, Any]) -> Path:
+    """Writes `results.json` in one go, numbers that are not finite as strings, and returns its path."""
+    path = Path(run_dir) / "results.json"
+    _write_atomically(path, _to_json(results, indent=2) + "\n")
+    return path
+
+
+def plot_curves(run_dir: str | Path) -> Path:
+    """Draws `curves.png` from `metrics.jsonl`: loss, accuracies, learning rate and throughput over the steps."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    run_dir = Path(run_dir)
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    names = dict.fromkeys(name for line in lines for name in line)
+    panels = {
+        "Loss (nats)": [name for name in names if name.endswith("loss")],
+        "Accuracy (%)": [name for name in names if name.endswith("accuracy")],
+        "Learning rate": [name for name in names if name.endswith("learning_rate")],
+        "Tokens per second": [name for name in names if name.endswith("tokens_per_second")],
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(run_dir.resolve().name)
+    for axes, (title, shown) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        scale = 100 if "%" in title else 1
+        quantities = list(dict.fromkeys(name.split("/")[-1] for name in shown))
+        for name in shown:
+            points = [(line["step"], scale * line[name]) for line in lines if name in line]
+            held_out = name.startswith("eval/")
+            axes.plot(
+                *zip(*points, strict=True),
+                label=name.replace("/", " ").replace("_", " "),
+                color=f"C{quantities.index(name.split('/')[-1])}",  # one colour a quantity; dots are held-out text
+                linewidth=1.8 if held_out else 1,
+                alpha=1 if held_out else 0.7,
+                marker="o" if held_out else None,
+                markersize=4,
+            )
+        axes.set(title=title, xlabel="Step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(shown) > 1:
+            axes.legend(frameon=False, fontsize=9)
+        if "Accuracy" in title:
+            axes.set_ylim(bottom=0)
+        if title == "Tokens per second":
+            axes.yaxis.set_major_formatter(EngFormatter())
+            axes.set_ylim(bottom=0)
+        if title == "Learning rate":
+            axes.ticklabel_format(axis="y", scilimits=(-3, 3))
+    path = run_dir / "curves.png"
+    temporary = path.with_name("curves.tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+    return path
+
+
+class TrainingProgress:
+    """A progress bar on a terminal; elsewhere (a file, a CI log) one plain line for each `log`.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
+        """Counts steps from `start` to `total`; `console` defaults to standard error."""
+        self._console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+        self._total = total
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[shown]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            speed_estimate_period=120,
+        )
+        self._task = self._bar.add_task("", total=total, completed=start, shown="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` steps done."""
+        self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Shows the loss, accuracies, tokens a second, utilisation and the time left.
+
+        `metrics` has the names of `metrics.jsonl`; what is not shown is passed over.
+        """
+        shown = " ".join(_shown(metrics))
+        self._bar.update(self._task, completed=step, shown=shown)
+        if not self._console.is_terminal:
+            left = self._bar.tasks[0].time_remaining
+            eta = "" if left is None or step >= self._total else f" ETA {_duration(left)}"
+            self._console.print(f"step {step}/{self._total} {shown}{eta}", markup=False)
+
+    def print(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(message, markup=False)
+
+
+def _shown(metrics: Mapping[str, SupportsFloat]) -> list[str]:
+    parts = []
+    for name, value in ((name, float(value)) for name, value in metrics.items()):
+        label = name.removeprefix("train/").replace("/", " ").replace("_", " ")
+        if label in ("loss", "eval loss"):
+            parts.append(f"{label} {value:.3f}")
+        elif name.endswith("accuracy"):
+            parts.append(f"{label.removesuffix('accuracy')}acc {value:.1%}")
+        elif name.endswith("tokens_per_second"):
+            parts.append(f"{value / 1000:.1f}k tokens/s")
+        elif name.endswith("utilisation"):
+            parts.append(f"util {value:.0%}")
+    return parts
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise JaxptmError(f"{path}: cannot read the metrics: {error.strerror}.") from error
+    lines = []
+    for number, text in enumerate(texts[:-1], start=1):  # what follows the last newline was never finished
+        try:
+            line = json.loads(text)
+            int(line["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise JaxptmError(
+                f"{path}: line {number} is not a JSON object with a `step`; delete that line to go on."
+            ) from error
+        lines.append(line)
+    return lines
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):  # numpy and jax scalars
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _to_float(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,51 @@
+"""Parameters of a module: made, named by path, stacked by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxptm.nn.core import stack_layers, unstack_layers
+from jaxptm.nn.text import TextModel
+from jaxptm.types import Array, Params
+
+
+def initialise(module: TextModel, key: Array, only: list[str] | None = None) -> Params:
+    """Fresh parameters, in one compiled call; of the top-level modules `only` where given."""
+    wanted = (lambda params: {name: params[name] for name in only}) if only else (lambda params: params)
+    return jax.jit(lambda key: wanted(_init(module, key)))(key)
+
+
+def abstract_params(module: TextModel) -> Params:
+    """Shapes and dtypes of a module's parameters, without computing any."""
+    return jax.eval_shape(lambda: _init(module, jax.random.key(0)))
+
+
+def _init(module: TextModel, key: Array) -> Params:
+    shape = (1, 2, 8) if module.task == "multiple-choice" else (1, 8)
+    return module.init(key, jnp.zeros(shape, jnp.int32))["params"]
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """"/"-joined paths, one entry a layer even where the layers are stacked."""
+    return flatten_dict(unstacked(params), sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The nested dict of "/"-joined paths."""
+    return unflatten_dict(dict(flat), sep="/")
+
+
+def stacked(params: Params) -> Params:
+    """The same parameters with the encoder's layers stacked for `scan`."""
+    return {**params, "encoder": stack_layers(params["encoder"])}
+
+
+def unstacked(params: Params) -> Params:
+    """The same parameters with one entry a layer, whether they were stacked or not."""
+    encoder = params.get("encoder", {})
+    return {**params, "encoder": unstack_layers(encoder)} if "layers" in encoder else params

@@ -1,0 +1,27 @@
+"""Losses and scores as undivided means, computed in float32 whatever the type of the logits."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Float, Int
+
+from jaxptm.types import Array, Mean
+
+
+def cross_entropy(
+    logits: Float[Array, "*batch V"], labels: Int[Array, "*batch"], weights: Float[Array, "*batch"]
+) -> Mean:
+    """Softmax cross entropy in nats.
+
+    A label outside [0, V) counts nothing where its weight is 0, and makes the loss NaN elsewhere: a vocabulary that
+    does not fit must not train in silence.
+    """
+    inside = (labels >= 0) & (labels < logits.shape[-1])
+    values = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(inside, labels, 0))
+    return Mean.of(jnp.where(inside | (weights == 0), values, jnp.nan), weights)
+
+
+def accuracy(logits: Float[Array, "*batch V"], labels: Int[Array, "*batch"], weights: Float[Array, "*batch"]) -> Mean:
+    """Share of the items whose largest logit is the label's."""
+    return Mean.of(jnp.argmax(logits, axis=-1) == labels, weights)

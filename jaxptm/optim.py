@@ -1,0 +1,126 @@
+"""Optimizers and learning-rate schedules, put together from optax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxptm.config import OptimizerConfig
+from jaxptm.types import Array, JaxptmError, Params
+
+DECAYED = {"kernel": True, "embedding": True, "bias": False, "scale": False}
+"""Whether weight decay touches a leaf, by its name: matrices and tables shrink, biases and norm scales do not."""
+
+
+def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.GradientTransformation:
+    """Global-norm clipping, then the named optimizer over `schedule(config, steps)`.
+
+    - `adamw`: Loshchilov & Hutter 2019, as `torch.optim.AdamW`: bias correction, decay times the learning rate.
+    - `bert_adam`: google-research/bert `optimization.py`: the same without bias correction.
+    - `lamb`: You et al. 2020, algorithm 2. Leaves without decay also go without the trust ratio, as in the reference
+      implementations (google-research/albert `lamb_optimizer.py`, NVIDIA apex `FusedLAMB`).
+
+    Args:
+        config: what to build.
+        steps: length of the run in optimizer steps.
+        params: the parameters, or their shapes; only the paths are read.
+
+    Raises:
+        JaxptmError: a leaf of unknown name, or a warmup that does not fit the run.
+    """
+    decayed = _decay_mask(params)
+    learning_rate = schedule(config, steps)
+    parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    if config.name == "bert_adam":
+        parts += [_scale_by_uncorrected_adam(config.beta1, config.beta2, config.epsilon)]
+    else:
+        parts += [optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)]
+    parts += [optax.add_decayed_weights(config.weight_decay, decayed)]
+    if config.name == "lamb":
+        parts += [optax.masked(optax.scale_by_trust_ratio(), decayed)]
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the updates done so far; each rises from 0 to the peak over the warmup.
+
+    `linear` and `cosine` fall to 0 at `steps`, `constant` stays, `inverse_sqrt` falls as sqrt(warmup / step).
+    `bert_linear` falls from step 0 on, so that it never reaches the peak after a warmup (google-research/bert
+    `optimization.py`).
+
+    Raises:
+        JaxptmError: the warmup leaves no step to decay in, or `inverse_sqrt` has none.
+    """
+    peak = config.learning_rate
+    warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * steps)
+    if config.schedule in ("linear", "bert_linear", "cosine") and warmup >= steps:
+        raise JaxptmError(
+            f"optimizer.warmup is {warmup} steps, but train.steps is {steps} and the {config.schedule} schedule has to "
+            "fall after the warmup: shorten optimizer.warmup or raise train.steps."
+        )
+    if config.schedule == "inverse_sqrt" and warmup == 0:
+        raise JaxptmError("optimizer.warmup is 0 steps, but the inverse_sqrt schedule scales with it: give at least 1.")
+
+    def after_warmup(step: Array) -> Any:
+        match config.schedule:
+            case "linear":
+                return optax.linear_schedule(peak, 0.0, steps - warmup)(step - warmup)
+            case "bert_linear":
+                return optax.linear_schedule(peak, 0.0, steps)(step)
+            case "cosine":
+                return optax.cosine_decay_schedule(peak, steps - warmup)(step - warmup)
+            case "inverse_sqrt":
+                return peak * jnp.sqrt(warmup / jnp.maximum(step, warmup))
+            case "constant":
+                return peak
+
+    def learning_rate(step: Any) -> Array:
+        step = jnp.asarray(step)
+        return jnp.where(step < warmup, peak * step / max(warmup, 1), after_warmup(step))
+
+    return learning_rate
+
+
+def decayed_leaves(params: Params) -> list[str]:
+    """The "/"-joined paths of the leaves that weight decay touches.
+
+    Raises:
+        JaxptmError: a leaf of unknown name.
+    """
+    return [_join(path) for path, decays in jax.tree_util.tree_leaves_with_path(_decay_mask(params)) if decays]
+
+
+def _decay_mask(params: Params) -> Params:
+    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unknown = [_join(path) for path in leaves if path[-1].key not in DECAYED]
+    if unknown:
+        raise JaxptmError(
+            f"weight decay does not know these parameters: {', '.join(unknown)}; "
+            f"name a leaf {', '.join(DECAYED)}, or add its name to jaxptm.optim.DECAYED."
+        )
+    return jax.tree_util.tree_map_with_path(lambda path, _: DECAYED[path[-1].key], params)
+
+
+def _join(path: Any) -> str:
+    return "/".join(str(part.key) for part in path)
+
+
+def _scale_by_uncorrected_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
+    """m / (sqrt(v) + epsilon), where m and v start at 0 and are not corrected for it."""
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu=zeros, nu=zeros)
+
+    def update(
+        grads: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        mu = optax.tree.update_moment(grads, state.mu, beta1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, beta2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mu, nu)
+        return updates, optax.ScaleByAdamState(state.count + 1, mu, nu)
+
+    return optax.GradientTransformation(init, update)

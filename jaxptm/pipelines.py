@@ -1,0 +1,131 @@
+"""Models that answer: text in, results out, with the arguments and result dictionaries of `transformers.pipeline`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxptm.pretrained import Model, from_pretrained
+from jaxptm.types import JaxptmError
+
+LENGTH_STEP = 32
+"""Inputs are padded to a multiple of this, so that XLA compiles a few shapes and not one for each length."""
+
+
+class FillMask:
+    """Fills the mask tokens of a text: `transformers.pipeline("fill-mask")`."""
+
+    task = "masked-lm"
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        if model.tokenizer.mask_token_id is None:
+            raise JaxptmError(f"{model.source}: the tokenizer has no mask token, so there is nothing to fill.")
+
+    def __call__(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        top_k: int = 5,
+        targets: str | Sequence[str] | None = None,
+        batch_size: int = 16,
+    ) -> list[Any]:
+        """The likeliest tokens for each mask.
+
+        Args:
+            inputs: a text, or several, each with one or more mask tokens.
+            top_k: how many tokens for each mask.
+            targets: only these tokens are scored.
+            batch_size: texts that run at once.
+
+        Returns:
+            For a text with one mask a list of {"score", "token", "token_str", "sequence"}, best first; with several
+            masks a list of such lists; for several texts a list of those.
+
+        Raises:
+            JaxptmError: a text without a mask token or longer than the model, or a target that is no single token.
+        """
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        if top_k < 1:
+            raise JaxptmError(f"top_k is {top_k}, expected at least 1.")
+        chosen = self._target_ids([targets] if isinstance(targets, str) else targets)
+        results = []
+        for start in range(0, len(texts), batch_size):
+            results += self._fill(texts[start : start + batch_size], top_k, chosen)
+        return results[0] if isinstance(inputs, str) else results
+
+    def _fill(self, texts: list[str], top_k: int, chosen: np.ndarray | None) -> list[Any]:
+        tokenizer, limit = self.model.tokenizer, self.model.config.max_position_embeddings
+        encoded = tokenizer(texts)["input_ids"]
+        masks = [[at for at, token in enumerate(ids) if token == tokenizer.mask_token_id] for ids in encoded]
+        for text, ids, positions in zip(texts, encoded, masks, strict=True):
+            if not positions:
+                raise JaxptmError(f"{text!r} holds no mask token: write {tokenizer.mask_token} where a word is wanted.")
+            if len(ids) > limit:
+                raise JaxptmError(f"{text[:60]!r}...: {len(ids)} tokens, the model takes {limit}; shorten the text.")
+        length = min(limit, -(-max(map(len, encoded)) // LENGTH_STEP) * LENGTH_STEP)
+        slots = max(map(len, masks))
+        batch = tokenizer.pad({"input_ids": encoded}, padding="max_length", max_length=length, return_tensors="np")
+        out = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            mlm_positions=[positions + [0] * (slots - len(positions)) for positions in masks],
+        )
+        scores = np.asarray(jax.nn.softmax(out.logits, axis=-1))
+        results = []
+        for row, (ids, positions) in enumerate(zip(encoded, masks, strict=True)):
+            answers = [
+                self._best(scores[row, slot], ids, at, top_k, chosen, alone=len(positions) == 1)
+                for slot, at in enumerate(positions)
+            ]
+            results.append(answers[0] if len(answers) == 1 else answers)
+        return results
+
+    def _best(
+        self, scores: np.ndarray, ids: list[int], at: int, top_k: int, chosen: np.ndarray | None, alone: bool
+    ) -> list[dict[str, Any]]:
+        candidates = np.arange(len(scores)) if chosen is None else chosen
+        best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
+        tokenizer = self.model.tokenizer
+        return [
+            {
+                "score": float(scores[token]),
+                "token": int(token),
+                "token_str": tokenizer.decode([token]),
+                "sequence": tokenizer.decode([*ids[:at], int(token), *ids[at + 1 :]], skip_special_tokens=alone),
+            }
+            for token in best
+        ]
+
+    def _target_ids(self, targets: Sequence[str] | None) -> np.ndarray | None:
+        if targets is None:
+            return None
+        vocabulary = self.model.tokenizer.get_vocab()
+        unknown = [target for target in targets if target not in vocabulary]
+        if unknown or not targets:
+            raise JaxptmError(f"targets: {', '.join(map(repr, unknown)) or 'none given'}: not single tokens of the vocabulary.")
+        return np.array(list(dict.fromkeys(vocabulary[target] for target in targets)))
+
+
+PIPELINES = {"fill-mask": FillMask}
+
+
+def pipeline(task: str, path: str | os.PathLike[str], **options: Any) -> FillMask:
+    """Opens a model for a task and returns a function of texts.
+
+    Args:
+        task: "fill-mask".
+        path: a Hugging Face directory, a hub name, or the `model/` of a jaxptm run.
+        **options: of `from_pretrained`.
+
+    Raises:
+        JaxptmError: an unknown task, or a model that cannot be opened.
+    """
+    if task not in PIPELINES:
+        raise JaxptmError(f"there is no pipeline {task!r}; there is {', '.join(PIPELINES)}.")
+    kind = PIPELINES[task]
+    return kind(from_pretrained(path, kind.task, **options))

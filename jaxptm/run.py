@@ -1,0 +1,156 @@
+"""What a training config stands for: its directory, corpus, tokenizer, model and objective."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxptm.config import TextData, TrainConfig, dump_config, load_config
+from jaxptm.data.corpus import Corpus, Progress, prepare
+from jaxptm.data.text import PackedSentences, SentencePairs
+from jaxptm.data.tokenizer import load_tokenizer, special_tokens
+from jaxptm.nn.core import Execution
+from jaxptm.nn.text import TextModel
+from jaxptm.objectives import Objective
+from jaxptm.objectives.language import masked_language_model
+from jaxptm.ops.masking import vocabulary_tables
+from jaxptm.pretrained import check_vocabulary, model_config
+from jaxptm.types import JaxptmError
+
+REPORTING = {"train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "train.keep"}
+"""Keys that may change when a run is resumed: its parameters do not depend on them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training config with everything it names opened.
+
+    Attributes:
+        directory: where the run writes.
+        tokenizer_directory: tokenizer files, to be saved with the model.
+        objective: what is learned, and by which module.
+        train: examples by index, without end.
+        held_out: examples by index for evaluation; None where nothing is held out.
+        steps: length of the run in optimizer steps.
+    """
+
+    config: TrainConfig
+    directory: Path
+    tokenizer_directory: Path
+    objective: Objective
+    train: SentencePairs | PackedSentences
+    held_out: SentencePairs | PackedSentences | None
+    steps: int
+
+
+def open_run(
+    config: TrainConfig, module: TextModel | None = None, progress: Progress | None = None
+) -> Run:
+    """Prepares the corpus where that has not been done, and opens everything that `config` names.
+
+    Args:
+        module: instead of the one that `config.model` describes.
+        progress: called while the corpus is prepared, with the share done and a line.
+
+    Raises:
+        JaxptmError: whatever does not fit together, before any step is taken.
+    """
+    data = config.data
+    prepared = prepared_directory(config)
+    prepare(data, prepared, progress=progress)
+    tokenizer_directory = prepared / "tokenizer"
+    tokenizer = load_tokenizer(tokenizer_directory)
+    if tokenizer.mask_token_id is None:
+        raise JaxptmError(f"data.tokenizer: {data.tokenizer} has no mask token, which {config.objective.name} needs.")
+
+    module = module or make_module(config, len(tokenizer))
+    check_vocabulary(tokenizer, module.config, f"data.tokenizer {data.tokenizer}")
+    if data.sequence_length > module.config.max_position_embeddings:
+        raise JaxptmError(
+            f"data.sequence_length: {data.sequence_length} is more than the model's "
+            f"{module.config.max_position_embeddings} positions (model.max_position_embeddings)."
+        )
+    objective = masked_language_model(
+        config.objective, module, vocabulary_tables(tokenizer), tokenizer.mask_token_id, data.sequence_length
+    )
+
+    train, held_out = Corpus.open(prepared, "train"), None
+    if data.eval_files is not None:
+        held_out = Corpus.open(prepared, "eval")
+    elif data.eval_fraction > 0:
+        train, held_out = train.split(data.eval_fraction)
+
+    def examples(corpus: Corpus, seed: int) -> SentencePairs | PackedSentences:
+        special = special_tokens(tokenizer)
+        if data.format == "pairs":
+            return SentencePairs(corpus, special, data.sequence_length, seed, data.short_probability)
+        return PackedSentences(corpus, special, data.sequence_length, seed, data.separate_documents)
+
+    seed = config.train.seed
+    source = examples(train, seed)
+    steps = config.train.steps or math.ceil((config.train.epochs or 0) * len(source) / config.train.batch_size)
+    return Run(
+        config=config,
+        directory=Path(config.out),
+        tokenizer_directory=tokenizer_directory,
+        objective=objective,
+        train=source,
+        held_out=None if held_out is None else examples(held_out, seed),
+        steps=steps,
+    )
+
+
+def make_module(config: TrainConfig, vocab_size: int) -> TextModel:
+    """The module that `config` trains, for a tokenizer of `vocab_size` entries."""
+    family, model = model_config(config.model, vocab_size)
+    execution = Execution(dtype=jnp.dtype(config.train.dtype), remat=config.parallel.remat, scan=config.parallel.scan)
+    return family.module(model, config.objective.name, execution)
+
+
+def prepared_directory(config: TrainConfig) -> Path:
+    """Where the token shards of `config` lie: `data.prepared`, or beside the run under a name made from the data keys."""
+    if config.data.prepared is not None:
+        return Path(config.data.prepared)
+    return Path(config.out).parent / "prepared" / _fingerprint(config.data)
+
+
+def claim_directory(config: TrainConfig) -> None:
+    """Writes `config.yaml` into the run directory, or checks the one that is there.
+
+    Raises:
+        JaxptmError: the directory belongs to another config; every key that differs is named.
+    """
+    directory = Path(config.out)
+    path = directory / "config.yaml"
+    if path.exists():
+        theirs = _leaves(load_config(path).model_dump(mode="json"))
+        ours = _leaves(config.model_dump(mode="json"))
+        keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and key not in REPORTING | {"out"}]
+        if keys:
+            lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys]
+            raise JaxptmError(
+                "\n".join([f"{directory} belongs to a run with another config; choose another `out`:", *lines])
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name("config.yaml.partial")
+    partial.write_text(dump_config(config), encoding="utf-8")
+    partial.replace(path)
+
+
+def _fingerprint(data: TextData) -> str:
+    keys = ("files", "eval_files", "text_field", "tokenizer", "vocab_size", "lowercase")
+    content = {key: value for key, value in data.model_dump().items() if key in keys}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _leaves(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in fields.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves

@@ -1,0 +1,89 @@
+"""The body of a training step and of an evaluation step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxptm.objectives import Objective
+from jaxptm.types import Array, Batch, Mean, Means, Params, TrainState
+
+Update = Callable[[TrainState, Batch], tuple[TrainState, Means]]
+
+
+def make_update(objective: Objective, optimizer: optax.GradientTransformation, key: Array, accumulate: int) -> Update:
+    """One optimizer step: (state, batch) -> (next state, its means).
+
+    All randomness comes from (key, state.step, row). The means are the objective's terms and scores, `loss` (the sum of
+    the terms' means) and `grad_norm` (before clipping).
+
+    Args:
+        accumulate: microbatches that the batch is worked off in; changes memory and time, not the result.
+    """
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
+        rows = next(iter(batch.values())).shape[0]
+        keys = jax.random.split(jax.random.fold_in(key, state.step), rows)
+        grads, means = gradients(objective, state.params, batch, keys, accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        means["grad_norm"] = Mean(optax.tree.norm(grads), jnp.ones(()))
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), means
+
+    return update
+
+
+def gradients(
+    objective: Objective, params: Params, batch: Batch, keys: Array, accumulate: int
+) -> tuple[Params, Means]:
+    """The gradient of the loss over the whole batch, and the batch's means with `loss` among them."""
+
+    def value(params: Params, batch: Batch, keys: Array, weights: dict[str, Array] | None) -> tuple[Array, Means]:
+        terms, scores = objective.loss(params, batch, keys, train=True)
+        # Each term is divided by its weight over the whole batch, so the gradients of microbatches simply add up.
+        whole = terms if weights is None else {name: Mean(term.total, weights[name]) for name, term in terms.items()}
+        loss = total(whole)
+        return loss, {**terms, **scores, "loss": Mean(loss, jnp.zeros(()))}
+
+    def weights_of(batch: Batch, keys: Array) -> dict[str, Array]:
+        # The weights depend on the masks alone: XLA drops the model from this call.
+        return {name: term.weight for name, term in objective.loss(params, batch, keys, train=True)[0].items()}
+
+    gradient = jax.grad(value, has_aux=True)
+    if accumulate == 1:
+        grads, means = gradient(params, batch, keys, None)
+    else:
+        # Strided, so that with the rows spread over devices every microbatch is spread as well.
+        micro = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys)
+        )
+        weights = jax.tree.map(jnp.sum, jax.lax.map(lambda part: weights_of(*part), micro))
+
+        def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(params, *part, weights)), None
+
+        shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micro), weights)
+        (grads, means), _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micro)
+    means["loss"] = Mean(means["loss"].total, jnp.ones(()))
+    return grads, means
+
+
+def total(terms: Means) -> Array:
+    """The loss: the sum of the terms' means."""
+    return sum((term.value for term in terms.values()), jnp.zeros(()))
+
+
+def make_evaluate(objective: Objective, key: Array) -> Callable[[Params, Batch, Array], tuple[Means, Means]]:
+    """One evaluation step without dropout: (params, batch, index of the batch) -> its (terms, scores).
+
+    The masks depend on (key, index, row) alone, so every evaluation asks the same questions.
+    """
+
+    def evaluate(params: Params, batch: Batch, index: Array) -> tuple[Means, Means]:
+        rows = next(iter(batch.values())).shape[0]
+        return objective.loss(params, batch, jax.random.split(jax.random.fold_in(key, index), rows), train=False)
+
+    return evaluate

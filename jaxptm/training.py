@@ -1,0 +1,288 @@
+"""Training: from a config to a run directory. The loop stands in plain sight in `train`."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxptm.checkpoint import Checkpoints
+from jaxptm.config import TrainConfig, load_config
+from jaxptm.data.batching import batches
+from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.evaluation import make_evaluator
+from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, read_metrics, write_results
+from jaxptm.models import family_of
+from jaxptm.models.params import abstract_params, flatten, stacked, unstacked
+from jaxptm.optim import decayed_leaves, optimizer, schedule
+from jaxptm.parallel import make_mesh, matmul_ceiling, put_batch, replicated
+from jaxptm.pretrained import Model, from_pretrained
+from jaxptm.run import Run, claim_directory, make_module, open_run, prepared_directory
+from jaxptm.step import make_update
+from jaxptm.types import Array, JaxptmError, Means, Params, TrainState
+
+log = logging.getLogger("jaxptm")
+
+
+def train(config: TrainConfig | str | Path) -> dict[str, Any]:
+    """Trains as `config` (or the YAML file that it names) says, in the run directory `config.out`.
+
+    A directory that holds checkpoints is resumed: the run ends with the parameters, bit for bit, of one that was never
+    interrupted. SIGTERM and Ctrl-C save a checkpoint and return.
+
+    Returns:
+        What `results.json` says; where a signal ended the run early, `{"finished": False, "step": ...}`.
+
+    Raises:
+        JaxptmError: anything that the user can mend; what was saved before stays.
+    """
+    if not isinstance(config, TrainConfig):
+        config = load_config(config)
+    claim_directory(config)
+    loop, mesh = config.train, make_mesh(config.parallel, config.train)
+    run = open_run(config, progress=lambda share, line: log.info("preparing %.0f%%: %s", 100 * share, line))
+
+    key = jax.random.key(loop.seed)
+    init_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    shapes = jax.eval_shape(run.objective.init, init_key)
+    transform = optimizer(config.optimizer, run.steps, shapes)
+    learning_rate = schedule(config.optimizer, run.steps)
+    update = jax.jit(make_update(run.objective, transform, step_key, loop.accumulate), donate_argnums=0)
+    evaluate = None if run.held_out is None else make_evaluator(run, mesh)
+
+    def create(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
+
+    with Checkpoints(run.directory / "checkpoints", loop.keep) as checkpoints:
+        like = jax.tree.map(lambda leaf: leaf.update(sharding=replicated(mesh)), jax.eval_shape(create, shapes))
+        restored = checkpoints.restore(like)
+        if restored is None:
+            state, seconds = jax.jit(create, out_shardings=replicated(mesh))(_first_params(run, init_key)), 0.0
+        else:
+            state, seconds = restored[0], restored[1]["seconds"]
+        start = int(state.step)
+
+        with MetricsLog(run.directory) as metrics, TrainingProgress(run.steps, start) as progress, _Stop() as stop:
+            metrics.truncate(start)
+            for line in _introduction(run, state.params, start):
+                progress.print(line)
+            window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
+            clock = time.perf_counter() - seconds
+            for step, batch in enumerate(batches(run.train, loop.batch_size, start, run.steps - start), start + 1):
+                state, means = update(state, put_batch(mesh, batch))
+                window.add(means)
+                progress.advance(step)
+                last = step == run.steps or stop.requested
+
+                record: dict[str, float] = {}
+                if last or step % loop.log_every == 0:
+                    record = {f"train/{name}": value for name, value in window.close().items()}
+                    record["train/learning_rate"] = float(learning_rate(step - 1))
+                evaluation: dict[str, float] = {}
+                if evaluate and (step == run.steps or step % loop.eval_every == 0):
+                    with window.paused():
+                        evaluation = evaluate(state.params)
+                    record |= {f"eval/{name}": value for name, value in evaluation.items()}
+                if record:
+                    metrics.write(step, record)
+                    progress.log(step, record)
+                if last or step % loop.checkpoint_every == 0:
+                    with window.paused():
+                        checkpoints.save(state, evaluation, {"seconds": time.perf_counter() - clock})
+                checkpoints.check_for_errors()
+                if last:
+                    break
+            checkpoints.wait()
+            if int(state.step) < run.steps:
+                progress.print(f"stopped at step {step} of {run.steps}, saved; the same command goes on from there.")
+                return {"finished": False, "step": step}
+
+        model = export(run, state.params)
+        results = _results(run, state.params, time.perf_counter() - clock)
+        written = (model, plot_curves(run.directory), write_results(run.directory, results))
+        log.info("written: %s", ", ".join(str(path) for path in written))
+        return results
+
+
+def export(run: Run, params: Params) -> Path:
+    """Writes `model/` of the run directory in Hugging Face's format, with the tokenizer."""
+    module = run.objective.module
+    model = Model(family_of(module.config), module.config, module.task, module, params, run.tokenizer_directory)
+    model.save_pretrained(run.directory / "model")
+    return run.directory / "model"
+
+
+def restore_model(directory: Path, step: int | None = None) -> Model:
+    """The model of a run's newest checkpoint, or of the one at `step`.
+
+    Raises:
+        JaxptmError: the directory holds no such checkpoint, or its tokenizer has been moved away.
+    """
+    config = load_config(directory / "config.yaml")
+    tokenizer_directory = prepared_directory(config) / "tokenizer"
+    module = make_module(config, len(load_tokenizer(tokenizer_directory)))
+    shapes = abstract_params(module)
+    transform = optimizer(config.optimizer, 10**9, shapes)
+    like = jax.eval_shape(lambda params: TrainState(jnp.zeros((), jnp.int32), params, transform.init(params)), shapes)
+    with Checkpoints(directory / "checkpoints", config.train.keep) as checkpoints:
+        restored = checkpoints.restore(like, step)
+    if restored is None:
+        raise JaxptmError(f"{directory / 'checkpoints'}: holds no checkpoint{'' if step is None else f' of step {step}'}.")
+    return Model(family_of(module.config), module.config, module.task, module, restored[0].params, tokenizer_directory)
+
+
+class _Window:
+    """Sums the means of the steps since the last log, and the time that they took."""
+
+    def __init__(self, run: Run, start: int, peak: float) -> None:
+        self._run, self._step, self._peak = run, start, peak
+        self._pending: list[Means] = []
+        self._clock: float | None = None
+        self._clear()
+
+    def add(self, means: Means) -> None:
+        """Takes the means of one step, which may still be under way on the device."""
+        self._pending.append(means)
+        if self._clock is None:
+            # The first step compiles: it counts for the means and not for the time.
+            self._fetch()
+            self._timed, self._seconds, self._clock = 0, 0.0, time.perf_counter()
+            self._tokens = 0.0
+
+    def close(self) -> dict[str, float]:
+        """The means since the last call, tokens (without padding) a second, and model FLOP utilisation."""
+        with self.paused():
+            values = {name: float(total / max(weight, 1e-5)) for name, (total, weight) in self._sums.items()}
+            if self._timed:
+                loop = self._run.config.train
+                flops = 3 * self._run.objective.flops(loop.batch_size, self._run.config.data.sequence_length)
+                values["tokens_per_second"] = self._tokens / self._seconds
+                values["utilisation"] = self._timed * flops / self._seconds / self._peak
+            self._clear()
+        return values
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Waits for the steps under way, checks them, and stops the clock for what follows."""
+        self._fetch()
+        if self._clock is not None:
+            self._seconds += time.perf_counter() - self._clock
+        yield
+        self._clock = time.perf_counter()
+
+    def _fetch(self) -> None:
+        for means in jax.device_get(self._pending):
+            self._step += 1
+            for name in ("loss", "grad_norm"):
+                if not np.isfinite(means[name].total):
+                    raise JaxptmError(
+                        f"step {self._step}: the {name} is {means[name].total}. Checkpoints of earlier steps are kept in "
+                        f"{self._run.directory / 'checkpoints'}; lower optimizer.learning_rate, lengthen "
+                        "optimizer.warmup or tighten optimizer.clip, and start in another `out`."
+                    )
+            self._timed += 1
+            self._tokens += means["token_share"].total
+            for name, mean in means.items():
+                self._sums[name] = self._sums.get(name, np.zeros(2)) + np.array(mean, np.float64)
+        self._pending = []
+
+    def _clear(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._timed, self._tokens, self._seconds = 0, 0.0, 0.0
+
+
+class _Stop:
+    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step and save; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> _Stop:
+        try:
+            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # only the main thread may listen
+            self._before = {}
+        return self
+
+    def _note(self, kind: int, _: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(kind, self._before[signal.Signals(kind)])
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+
+def _first_params(run: Run, key: Array) -> Params:
+    """Fresh parameters, or those of `init_from`."""
+    source = run.config.init_from
+    if source is None:
+        return run.objective.init(key)
+    module = run.objective.module
+    model = from_pretrained(source, module.task, seed=run.config.train.seed)
+    ours, theirs = (
+        {path: leaf.shape for path, leaf in flatten(params).items()}
+        for params in (jax.eval_shape(run.objective.init, key), model.params)
+    )
+    wrong = [
+        f"{path} {theirs.get(path)} there, {ours.get(path)} here"
+        for path in ours | theirs
+        if ours.get(path) != theirs.get(path)
+    ]
+    if wrong:
+        raise JaxptmError("\n  ".join([f"init_from: {source} does not fit `model`, which may name the same path:", *wrong]))
+    return stacked(model.params) if module.execution.scan else model.params
+
+
+def _introduction(run: Run, params: Params, start: int) -> list[str]:
+    """What a user checks before letting a run go on."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # One line a kind of leaf, not a layer.
+    decayed = dict.fromkeys(re.sub(r"layer_\d+", "layer_*", path) for path in decayed_leaves(unstacked(params)))
+    devices = jax.devices()
+    tokens = run.train.token_share()
+    lines = [
+        f"{run.directory}: {run.objective.module.task}, {count:,} parameters, {len(devices)} x {devices[0].device_kind}",
+        f"{len(run.train):,} examples an epoch, {tokens:.1%} of their tokens are not padding",
+        f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
+    ]
+    return [*lines, f"resuming at step {start} of {run.steps}"] if start else lines
+
+
+def _results(run: Run, params: Params, seconds: float) -> dict[str, Any]:
+    lines = read_metrics(run.directory / "metrics.jsonl")
+    newest: dict[str, float] = {}
+    for line in lines:
+        newest |= line
+
+    def typical(name: str) -> float | None:
+        values = [line[name] for line in lines if name in line]
+        return statistics.median(values) if values else None
+
+    packages = ("jaxptm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+    return {
+        "finished": True,
+        "step": run.steps,
+        "train": {name.removeprefix("train/"): value for name, value in newest.items() if name.startswith("train/")},
+        "eval": {name.removeprefix("eval/"): value for name, value in newest.items() if name.startswith("eval/")},
+        "tokens_per_second": typical("train/tokens_per_second"),
+        "utilisation": typical("train/utilisation"),
+        "seconds": seconds,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "config": run.config.model_dump(mode="json"),
+    }

@@ -1,0 +1,33 @@
+"""Set up before anything imports jax: eight CPU devices, no network, shapes and types checked at every call."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "agg"
+
+from jaxtyping import install_import_hook
+
+# Every annotation of jaxptm is enforced while the tests run, and costs nothing outside them.
+install_import_hook("jaxptm", "strict_types.typechecked")
+
+import jax
+import pytest
+
+# Broadcasting between ranks hides errors: [B] against [B, L] must be written out.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real corpora, tasks and vocabularies beside the repository; without them the tests that ask are skipped."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is absent")
+    return SHARED_DATA

@@ -1,0 +1,240 @@
+"""Optimizers and schedules against torch, transformers and float64 transcriptions of the published rules."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from jaxptm.config import OptimizerConfig
+from jaxptm.optim import decayed_leaves, optimizer, schedule
+from jaxptm.types import JaxptmError
+
+STEPS = 20
+
+
+def tree(seed: int, scale: float = 1.0) -> dict:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return (scale * rng.normal(size=shape)).astype(np.float32)
+
+    return {
+        "embeddings": {"token": {"embedding": draw(11, 4)}},
+        "encoder": {
+            "layer_0": {
+                "attention": {"query": {"kernel": draw(4, 4), "bias": draw(4)}},
+                "attention_norm": {"scale": 1 + draw(4), "bias": draw(4)},
+            },
+            "layers": {"mlp": {"kernel": draw(2, 4, 4), "bias": draw(2, 4)}},  # stacked for a scan: a bias of rank 2
+        },
+    }
+
+
+DECAYED = ["embeddings/token/embedding", "encoder/layer_0/attention/query/kernel", "encoder/layers/mlp/kernel"]
+# Norms from far below the clip of 1 to far above it.
+GRADS = [tree(100 + step, scale=10.0 ** (step % 4 - 3)) for step in range(STEPS)]
+
+
+def flat(params) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(part.key for part in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def config(name: str = "adamw", **fields) -> OptimizerConfig:
+    return OptimizerConfig(**{"name": name, "learning_rate": 0.01, "warmup": 5, "weight_decay": 0.1} | fields)
+
+
+def run(config: OptimizerConfig, params, grads=GRADS, state=None):
+    transform = optimizer(config, STEPS, params)
+    state = transform.init(params) if state is None else state
+
+    @jax.jit
+    def step(params, state, grad):
+        updates, state = transform.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for grad in grads:
+        params, state = step(params, state, grad)
+    return params, state
+
+
+def clipped(grads: dict[str, np.ndarray], limit: float) -> dict[str, np.ndarray]:
+    grads = {path: grad.astype(np.float64) for path, grad in grads.items()}
+    norm = np.sqrt(sum((grad**2).sum() for grad in grads.values()))
+    return {path: grad * min(1, limit / norm) for path, grad in grads.items()}
+
+
+def reference(config: OptimizerConfig, rates, update) -> dict[str, np.ndarray]:
+    """Runs `update(m, v, t, p, decay)`, the published step direction, in float64."""
+    params = {path: leaf.astype(np.float64) for path, leaf in flat(tree(0)).items()}
+    m = {path: np.zeros_like(leaf) for path, leaf in params.items()}
+    v = {path: np.zeros_like(leaf) for path, leaf in params.items()}
+    for t, (rate, tree_) in enumerate(zip(rates, GRADS, strict=True)):
+        for path, grad in clipped(flat(tree_), config.clip).items():
+            m[path] = config.beta1 * m[path] + (1 - config.beta1) * grad
+            v[path] = config.beta2 * v[path] + (1 - config.beta2) * grad**2
+            decay = config.weight_decay if path in DECAYED else 0.0
+            params[path] -= rate * update(m[path], v[path], t + 1, params[path], decay)
+    return params
+
+
+def assert_close(params, expected):
+    """To 3e-5 of how far the parameters went, and the float32 rounding of twenty sums."""
+    for path, leaf in flat(params).items():
+        moved = np.abs(expected[path] - flat(tree(0))[path]).max()
+        assert moved > 1e-3
+        np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=3e-5 * moved + 1e-6, err_msg=path)
+
+
+def linear_rates(peak: float = 0.01, warmup: int = 5) -> list[float]:
+    return [peak * min(t / warmup, (STEPS - t) / (STEPS - warmup)) for t in range(STEPS)]
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_adamw_follows_torch(clip):
+    import transformers
+
+    leaves = {path: torch.tensor(leaf, dtype=torch.float64) for path, leaf in flat(tree(0)).items()}
+    weights = {path: leaf.requires_grad_() for path, leaf in leaves.items()}
+    groups = [
+        {"params": [weights[path] for path in DECAYED], "weight_decay": 0.1},
+        {"params": [leaf for path, leaf in weights.items() if path not in DECAYED], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98), eps=1e-6)
+    rates = transformers.get_linear_schedule_with_warmup(theirs, 5, STEPS)
+    for grads in GRADS:
+        for path, grad in flat(grads).items():
+            weights[path].grad = torch.tensor(grad, dtype=torch.float64)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(weights.values(), clip)
+        theirs.step()
+        rates.step()
+    ours, _ = run(config(beta2=0.98, clip=clip), tree(0))
+    assert_close(ours, {path: leaf.detach().numpy() for path, leaf in weights.items()})
+
+
+def test_bert_adam_follows_the_published_rule():
+    settings = config("bert_adam", schedule="bert_linear")
+
+    def update(m, v, t, p, decay):
+        return m / (np.sqrt(v) + 1e-6) + decay * p
+
+    rates = [0.01 * (t / 5 if t < 5 else 1 - t / STEPS) for t in range(STEPS)]
+    ours, _ = run(settings, tree(0))
+    assert_close(ours, reference(settings, rates, update))
+    corrected, _ = run(config("adamw", schedule="bert_linear"), tree(0))
+    assert max(np.abs(flat(ours)[path] - leaf).max() for path, leaf in flat(corrected).items()) > 1e-3
+
+
+def test_lamb_follows_the_published_rule():
+    settings = config("lamb")
+
+    def update(m, v, t, p, decay):
+        direction = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6) + decay * p
+        return direction * (np.linalg.norm(p) / np.linalg.norm(direction) if decay else 1.0)
+
+    ours, _ = run(settings, tree(0))
+    assert_close(ours, reference(settings, linear_rates(), update))
+
+
+def test_lamb_moves_a_leaf_of_zeros():
+    params = jax.tree.map(np.zeros_like, tree(0))
+    ours, _ = run(config("lamb", warmup=0), params, GRADS[:1])
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in flat(ours).values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "bert_adam", "lamb"])
+def test_a_resumed_run_is_the_same_run(name):
+    whole, whole_state = run(config(name), tree(0))
+    params, state = run(config(name), tree(0), GRADS[:7])
+    params, state = run(config(name), params, GRADS[7:], state)
+    jax.tree.map(np.testing.assert_array_equal, (whole, whole_state), (params, state))
+
+
+def test_decayed_leaves_are_kernels_and_tables():
+    assert decayed_leaves(tree(0)) == DECAYED
+    assert decayed_leaves(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree(0)))) == DECAYED
+    # With the gradients at zero only the decay moves anything.
+    zeros = [jax.tree.map(np.zeros_like, GRADS[0])] * 6
+    ours, _ = run(config(), tree(0), zeros)
+    before, after = flat(tree(0)), flat(ours)
+    assert [path for path in before if (before[path] != after[path]).any()] == DECAYED
+    for path in DECAYED:
+        np.testing.assert_allclose(after[path], before[path] * np.prod([1 - 0.1 * r for r in linear_rates()[:6]]), 1e-5)
+
+
+def test_an_unknown_leaf_is_an_error():
+    params = tree(0) | {"head": {"gain": np.ones(3), "kernel": np.ones((2, 2)), "offset": np.ones(3)}}
+    for call in (lambda: decayed_leaves(params), lambda: optimizer(config(), STEPS, params)):
+        with pytest.raises(JaxptmError, match="head/gain, head/offset;"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", {0: 0, 1: 0.25, 4: 1, 8: 0.75, 12: 0.5, 19: 0.0625, 20: 0, 25: 0}),
+        ("bert_linear", {0: 0, 1: 0.25, 3: 0.75, 4: 0.8, 12: 0.4, 19: 0.05, 20: 0, 25: 0}),
+        ("cosine", {0: 0, 1: 0.25, 4: 1, 8: 0.5 + 0.5**1.5, 12: 0.5, 20: 0, 25: 0}),
+        ("constant", {0: 0, 1: 0.25, 4: 1, 12: 1, 20: 1}),
+        ("inverse_sqrt", {0: 0, 1: 0.25, 4: 1, 16: 0.5, 100: 0.2}),
+    ],
+)
+def test_schedules_by_hand(name, expected):
+    for warmup in (4, 0.2):
+        rate = jax.jit(schedule(config(schedule=name, warmup=warmup, learning_rate=0.5), 20))
+        for step, share in expected.items():
+            assert rate(jnp.int32(step)) == pytest.approx(0.5 * share, rel=1e-6, abs=1e-8), step
+            assert float(rate(step)) == rate(jnp.int32(step))
+
+
+@pytest.mark.parametrize("name", ["linear", "bert_linear", "cosine", "constant"])
+def test_without_warmup_the_peak_is_at_the_start(name):
+    assert schedule(config(schedule=name, warmup=0), 20)(0) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup"),
+    [
+        ("linear", 0),
+        ("linear", 1),
+        ("linear", 99),
+        ("cosine", 0),
+        ("cosine", 30),
+        ("inverse_sqrt", 1),
+        ("inverse_sqrt", 30),
+    ],
+)
+def test_schedules_agree_with_transformers(name, warmup):
+    import transformers
+
+    theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    rates = {
+        "linear": lambda: transformers.get_linear_schedule_with_warmup(theirs, warmup, 100),
+        "cosine": lambda: transformers.get_cosine_schedule_with_warmup(theirs, warmup, 100),
+        "inverse_sqrt": lambda: transformers.get_inverse_sqrt_schedule(theirs, warmup),
+    }[name]()
+    expected = []
+    for _ in range(101):
+        expected.append(theirs.param_groups[0]["lr"])
+        theirs.step()
+        rates.step()
+    ours = jax.vmap(schedule(config(schedule=name, warmup=warmup), 100))(jnp.arange(101))
+    np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear", "bert_linear", "cosine"])
+def test_a_warmup_as_long_as_the_run_is_an_error(name):
+    with pytest.raises(JaxptmError, match=r"optimizer\.warmup is 20 steps, but train\.steps is 20"):
+        schedule(config(schedule=name, warmup=20), 20)
+    schedule(config(schedule=name, warmup=19), 20)
+
+
+def test_a_long_warmup_is_fine_where_nothing_has_to_fall():
+    assert schedule(config(schedule="constant", warmup=40), 20)(20) == pytest.approx(0.005)
+    with pytest.raises(JaxptmError, match=r"optimizer\.warmup is 0 steps"):
+        schedule(config(schedule="inverse_sqrt", warmup=0), 20)
