@@ -2,9 +2,10 @@
 
     python benchmarks/prepare.py --tokenizer VOCAB_OR_DIRECTORY FILE_OR_GLOB ... [--workers N] [--repeats R]
 
-The bare tokenizer gets every document in memory already and its ids are thrown away, so that nothing but tokenisation is
-timed; it uses all cores by its own threads. `prepare` reads, splits, tokenises and writes the shards. The two take turns,
-and the best of `--repeats` of each counts. Seconds are wall time; `cpu` is processor time of the process and its children.
+The bare tokenizer gets every document in memory already and its ids are thrown away, so that nothing but tokenisation
+is timed; it uses all cores by its own threads. `prepare` reads, splits, tokenises and writes the shards. The two take
+turns, and the best of `--repeats` of each counts. Seconds are wall time; `cpu` is the processor time of the process and
+its children.
 """
 
 from __future__ import annotations

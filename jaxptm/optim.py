@@ -109,7 +109,7 @@ def _join(path: Any) -> str:
 
 
 def _scale_by_uncorrected_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
-    """m / (sqrt(v) + epsilon), where m and v start at 0 and are not corrected for it."""
+    """The direction m / (sqrt(v) + epsilon), where m and v start at 0 and are not corrected for it."""
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
         zeros = optax.tree.zeros_like(params)

@@ -97,7 +97,7 @@ class Model:
 
     @cached_property
     def _apply(self) -> Any:
-        def apply(params: Params, inputs: dict[str, Array], output_hidden_states: bool) -> dict[str, Any]:
+        def apply(params: Params, inputs: dict[str, Any], output_hidden_states: bool) -> dict[str, Any]:
             return self.module.apply({"params": params}, **inputs, output_hidden_states=output_hidden_states)
 
         return jax.jit(apply, static_argnums=2)
@@ -221,6 +221,8 @@ def from_pretrained(
         tasks = ", ".join(str(name) for name in family.architectures)
         raise JaxptmError(f"{family.model_type} has no head for the task {task!r}; it has {tasks} (or \"auto\").")
     config = read_config(family, hf_config, directory)
+    if task == "question-answering":
+        num_labels = 2  # start and end; transformers sizes this head, too, by the number of labels
     if num_labels is not None:
         config = validate(family.config, {**config.model_dump(), "num_labels": num_labels}, "from_pretrained")
 

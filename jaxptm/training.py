@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxptm.checkpoint import Checkpoints
 from jaxptm.config import TrainConfig, load_config
@@ -77,7 +78,7 @@ def train(config: TrainConfig | str | Path) -> dict[str, Any]:
 
         with MetricsLog(run.directory) as metrics, TrainingProgress(run.steps, start) as progress, _Stop() as stop:
             metrics.truncate(start)
-            for line in _introduction(run, state.params, start):
+            for line in _introduction(run, state, mesh):
                 progress.print(line)
             window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
             clock = time.perf_counter() - seconds
@@ -111,7 +112,7 @@ def train(config: TrainConfig | str | Path) -> dict[str, Any]:
                 return {"finished": False, "step": step}
 
         model = export(run, state.params)
-        results = _results(run, state.params, time.perf_counter() - clock)
+        results = _results(run, state.params, mesh, time.perf_counter() - clock)
         written = (model, plot_curves(run.directory), write_results(run.directory, results))
         log.info("written: %s", ", ".join(str(path) for path in written))
         return results
@@ -247,22 +248,22 @@ def _first_params(run: Run, key: Array) -> Params:
     return stacked(model.params) if module.execution.scan else model.params
 
 
-def _introduction(run: Run, params: Params, start: int) -> list[str]:
+def _introduction(run: Run, state: TrainState, mesh: Mesh) -> list[str]:
     """What a user checks before letting a run go on."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    # One line a kind of leaf, not a layer.
-    decayed = dict.fromkeys(re.sub(r"layer_\d+", "layer_*", path) for path in decayed_leaves(unstacked(params)))
-    devices = jax.devices()
-    tokens = run.train.token_share()
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    # One entry a kind of leaf, not a layer.
+    decayed = dict.fromkeys(re.sub(r"layer_\d+", "layer_*", path) for path in decayed_leaves(unstacked(state.params)))
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    start = int(state.step)
     lines = [
-        f"{run.directory}: {run.objective.module.task}, {count:,} parameters, {len(devices)} x {devices[0].device_kind}",
-        f"{len(run.train):,} examples an epoch, {tokens:.1%} of their tokens are not padding",
+        f"{run.directory}: {run.objective.module.task}, {count:,} parameters, {devices}",
+        f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of their tokens are not padding",
         f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
     ]
     return [*lines, f"resuming at step {start} of {run.steps}"] if start else lines
 
 
-def _results(run: Run, params: Params, seconds: float) -> dict[str, Any]:
+def _results(run: Run, params: Params, mesh: Mesh, seconds: float) -> dict[str, Any]:
     lines = read_metrics(run.directory / "metrics.jsonl")
     newest: dict[str, float] = {}
     for line in lines:
@@ -282,7 +283,7 @@ def _results(run: Run, params: Params, seconds: float) -> dict[str, Any]:
         "utilisation": typical("train/utilisation"),
         "seconds": seconds,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "devices": [device.device_kind for device in jax.devices()],
+        "devices": [device.device_kind for device in mesh.devices.flat],
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "config": run.config.model_dump(mode="json"),
     }

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_check_for_errors_reports_once_the_background_save_has_failed(
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(1), None, {})
         while checkpoints._manager.is_saving_in_progress():
-            checkpoints.check_for_errors()
+            time.sleep(0.01)
         with pytest.raises(JaxptmError, match="division by zero"):
             checkpoints.check_for_errors()
         checkpoints.check_for_errors()

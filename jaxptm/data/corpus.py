@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 from tokenizers import Tokenizer
 
 from jaxptm.config import TextData
@@ -43,6 +43,7 @@ FORMAT = 1
 BYTES_PER_WORKER = 2**24
 """Source bytes that make another process worth its start."""
 
+Indices = Int[np.ndarray, "*shape"]
 Progress = Callable[[float, str], None]
 """Called with the share done (0 to 1) and a line that says what was done last."""
 
@@ -114,11 +115,15 @@ class Manifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             if fields["format"] != FORMAT:
-                raise JaxptmError(f"{path}: has format {fields['format']}, this jaxptm reads {FORMAT}: prepare it again.")
+                raise JaxptmError(
+                    f"{path}: has format {fields['format']}, this jaxptm reads {FORMAT}: prepare it again."
+                )
             shards = {split: [Shard(**shard) for shard in rows] for split, rows in fields.pop("splits").items()}
             return cls(**fields, splits=shards)
         except FileNotFoundError as error:
-            raise JaxptmError(f"{directory}: holds no prepared corpus (no manifest.json): run `jaxptm prepare`.") from error
+            raise JaxptmError(
+                f"{directory}: holds no prepared corpus (no manifest.json): run `jaxptm prepare`."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JaxptmError(f"{path}: is damaged: remove it and run `jaxptm prepare` again.") from error
 
@@ -140,7 +145,8 @@ def prepare(
     Returns the manifest, or None where other hosts' shards are still missing: the last host to finish writes it.
 
     Raises:
-        JaxptmError: bad or missing input, a full disk, or a vocabulary that host 0 has yet to train. Finished shards stay.
+        JaxptmError: bad or missing input, a full disk, or a vocabulary that host 0 has yet to train. Finished shards
+            stay.
     """
     directory = Path(directory)
     report = progress or (lambda share, message: None)
@@ -162,7 +168,9 @@ def prepare(
         tokenizer = _tokenizer(data, directory, request, sources["train"], host, report)
         separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         if separator is None:
-            raise JaxptmError(f"tokenizer {data.tokenizer!r} has neither a separator nor an end token to put after documents.")
+            raise JaxptmError(
+                f"tokenizer {data.tokenizer!r} has neither a separator nor an end token to put after documents."
+            )
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         write = _ShardWriter(
             str(directory / "shards"),
@@ -194,7 +202,9 @@ def _sources(data: TextData) -> dict[str, list[Source]]:
         train = {source.key for source in sources["train"]}
         shared = next((source.name for source in sources["eval"] if source.key in train), None)
         if shared is not None:
-            raise JaxptmError(f"{shared}: is both in data.files and in data.eval_files: held-out text must not be trained on.")
+            raise JaxptmError(
+                f"{shared}: is both in data.files and in data.eval_files: held-out text must not be trained on."
+            )
     if not any(sources.values()):
         raise JaxptmError("data.files is empty: give at least one file, glob, directory or dataset.")
     return sources
@@ -221,8 +231,8 @@ def _tokenizer(
         tokenizer = load_tokenizer(data.tokenizer, data.lowercase)
     elif host > 0:
         raise JaxptmError(
-            f"{home}: holds no vocabulary trained on these files yet: with `tokenizer: train`, let host 0 prepare first, "
-            "then start the other hosts on the same directory."
+            f"{home}: holds no vocabulary trained on these files yet: with `tokenizer: train`, let host 0 prepare "
+            "first, then start the other hosts on the same directory."
         )
     else:
         report(0.0, "learning the vocabulary")
@@ -323,7 +333,7 @@ class _NpyFile:
     """A one-dimensional .npy file that grows; its header gets the length when it is closed."""
 
     def __init__(self, path: Path, dtype: str):
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by __exit__)
         self._dtype = np.dtype(dtype)
         self.length = 0
 
@@ -348,9 +358,7 @@ class _NpyFile:
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
-def _write_shards(
-    write: _ShardWriter, tasks: list[tuple[str, Source]], workers: int | None, report: Progress
-) -> None:
+def _write_shards(write: _ShardWriter, tasks: list[tuple[str, Source]], workers: int | None, report: Progress) -> None:
     todo = [task for task in tasks if write.finished(*task) is None]
     total = max(1, sum(source.size for _, source in tasks))
     done = total - sum(source.size for _, source in todo)
@@ -503,7 +511,13 @@ class Corpus:
 
     @property
     def documents(self) -> Int[np.ndarray, " documents"]:
-        """Numbers of this view's documents."""
+        """Numbers of this view's documents.
+
+        Raises:
+            JaxptmError: there are none.
+        """
+        if len(self.ranges) == 0:
+            raise JaxptmError("there is no text in this part of the corpus (data.eval_fraction: 0 holds nothing out).")
         return np.concatenate([np.arange(first, last) for first, last in self.ranges])
 
     @property
@@ -512,15 +526,15 @@ class Corpus:
         first, last = (self.document_start(documents) for documents in self.ranges.T)
         return int(np.sum(self.sentence_start(last) - self.sentence_start(first)))
 
-    def sentence_start(self, sentences: Int[np.ndarray, "*n"]) -> Int[np.ndarray, "*n"]:
+    def sentence_start(self, sentences: Indices) -> Indices:
         """Stream position where the sentences start."""
         return np.where(sentences > 0, self.sentence_ends[sentences - 1], 0)
 
-    def document_start(self, documents: Int[np.ndarray, "*n"]) -> Int[np.ndarray, "*n"]:
+    def document_start(self, documents: Indices) -> Indices:
         """Number of the documents' first sentence."""
         return np.where(documents > 0, self.document_ends[documents - 1], 0)
 
-    def tokens(self, start: int, end: int) -> Int[np.ndarray, " tokens"]:
+    def tokens(self, start: int, end: int) -> UInt[np.ndarray, " tokens"]:
         """Ids of the stream from `start` up to `end`, within one shard; a view of the file."""
         shard = bisect_right(self.shard_ends, start)
         offset = self.shard_ends[shard - 1] if shard else 0
@@ -544,8 +558,8 @@ class Corpus:
         held = np.minimum(held, sizes)
         if sizes.sum() - held.sum() < 2:
             raise JaxptmError(
-                f"the corpus has {sizes.sum()} document(s), too few to hold {held.sum()} out: documents are parted by blank "
-                "lines; give more text, or data.eval_files, or data.eval_fraction: 0."
+                f"the corpus has {sizes.sum()} document(s), too few to hold {held.sum()} out: documents are parted by "
+                "blank lines; give more text, or data.eval_files, or data.eval_fraction: 0."
             )
         border = self.ranges[:, 1] - held
         train = np.stack([self.ranges[:, 0], border], axis=1)
@@ -556,12 +570,15 @@ class Corpus:
 def _open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     damage = _damage(path, shard)
     if damage is None:
-        try:
-            names = ("tokens", "sentence_ends", "document_ends")
-            tokens, sentence_ends, document_ends = (np.load(path / f"{name}.npy", mmap_mode="r") for name in names)
-        except ValueError as error:
-            damage = f"{path}: {error}"
-        else:
+        arrays = []
+        for name in ("tokens", "sentence_ends", "document_ends"):
+            try:
+                # Plain arrays over the mapping: numpy's memmap class makes every small slice slow.
+                arrays.append(np.asarray(np.load(path / f"{name}.npy", mmap_mode="r")))
+            except ValueError:
+                damage = f"{path / name}.npy: is no array file"
+        if damage is None:
+            tokens, sentence_ends, document_ends = arrays
             ordered = all(
                 len(ends) == count and ends[0] > 0 and ends[-1] == last and np.all(ends[1:] > ends[:-1])
                 for ends, count, last in (
@@ -575,5 +592,4 @@ def _open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarra
                 damage = f"{path}: holds token {shard.max_token}, beyond the vocabulary of {manifest.vocab_size}"
     if damage is not None:
         raise JaxptmError(f"{damage}. Remove {path} and run `jaxptm prepare` again.")
-    # Plain arrays over the mapping: numpy's memmap class makes every small slice slow.
-    return np.asarray(tokens), np.asarray(sentence_ends), np.asarray(document_ends)
+    return tokens, sentence_ends, document_ends

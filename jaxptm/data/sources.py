@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from jaxptm.errors import JaxptmError
 
@@ -60,14 +60,17 @@ class Source:
 
 
 def find_sources(patterns: str | list[str]) -> list[Source]:
-    """The sources that paths, globs, directories and dataset names stand for, each once; globs and directories are sorted.
+    """The sources that paths, globs, directories and dataset names stand for, each once.
 
-    A dataset comes back as one source; `split_dataset` opens it.
+    Globs and directories are sorted. A dataset comes back as one source; `split_dataset` opens it.
 
     Raises:
         JaxptmError: a pattern stands for nothing, or for a file of an unknown kind.
     """
-    found = {source.key: source for pattern in _listed(patterns) for source in _find(pattern)}
+    found: dict[str, Source] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for source in _find(pattern):
+            found.setdefault(source.key, source)
     return list(found.values())
 
 
@@ -82,13 +85,13 @@ def split_dataset(source: Source) -> list[Source]:
 
 
 def read_blocks(source: Source, text_field: str) -> Iterator[str]:
-    """The text as blocks of about `BLOCK` characters of whole lines, in bounded memory (a line, or a record, is held whole).
+    """The text as blocks of about `BLOCK` characters of whole lines; a line, or a record, is held in memory whole.
 
     Each block ends with a newline or `DOCUMENT_END`, the last one with `DOCUMENT_END`. Carriage returns are line ends
     and NUL characters blanks.
 
     Raises:
-        JaxptmError: what is not UTF-8, JSON or Parquet, or has no such field, or is damaged, with the file and the line.
+        JaxptmError: what is not UTF-8, JSON or Parquet, has no such field, or is damaged, with the file and the line.
     """
     readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "dataset": _read_dataset}
     try:
@@ -96,10 +99,6 @@ def read_blocks(source: Source, text_field: str) -> Iterator[str]:
     except (EOFError, zlib.error, OSError, ValueError) as error:  # pyarrow's errors derive from the last two
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
         raise JaxptmError(f"{source.name}: cannot read it, the file may be truncated or damaged: {reason}") from error
-
-
-def _listed(patterns: str | list[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _find(pattern: str) -> list[Source]:
@@ -126,13 +125,15 @@ def _file(path: str) -> Source:
     return Source(path, _KINDS[match[1] or match[2]])
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> gzip.GzipFile | io.BufferedReader:
+    if path.endswith((".gz", ".zst")) and os.stat(path).st_size == 0:
+        raise EOFError("the file is empty")
     if path.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
+        return gzip.GzipFile(path, "rb")
     if path.endswith(".zst"):
         import pyarrow
 
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), BLOCK))
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), BLOCK)
     return open(path, "rb")
 
 
@@ -159,7 +160,8 @@ def _not_utf8(path: str) -> str:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return f"{path}: line {number}: byte {error.start} of the line (0x{line[error.start]:02x}) is not UTF-8 text."
+                byte = f"byte {error.start} of the line (0x{line[error.start]:02x})"
+                return f"{path}: line {number}: {byte} is not UTF-8 text: convert the file, for example with iconv."
     return f"{path}: is not UTF-8 text."
 
 

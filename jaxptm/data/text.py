@@ -1,4 +1,4 @@
-"""Rows of text for pre-training, as pure functions of (seed, index): BERT's sentence pairs and RoBERTa's packed sentences.
+"""Rows of text for pre-training, as pure functions of (seed, index): BERT's sentence pairs, RoBERTa's packed sentences.
 
 A source plans an epoch once, in numpy over the whole corpus, as boundaries in the token stream; row `index` is then
 copied out of the memory-mapped shards. No copy of the corpus is written, and any row is reached directly.
@@ -49,9 +49,8 @@ class TextSource(ABC, Generic[Plan]):
     """
 
     def __init__(self, corpus: Corpus, special: SpecialTokens, sequence_length: int, seed: int):
-        if len(corpus.ranges) == 0:
-            raise JaxptmError("there is no text in this part of the corpus.")
         self.corpus = corpus
+        self._documents = corpus.documents
         self.special = special
         self.sequence_length = sequence_length
         self.seed = seed
@@ -76,7 +75,7 @@ class TextSource(ABC, Generic[Plan]):
         """Tokens of each row, special ones included."""
 
     def __len__(self) -> int:
-        """Rows of epoch 0. Another epoch of pairs differs by a fraction of a percent and is cut or wrapped to this length."""
+        """Rows of epoch 0; those of another epoch, a fraction of a percent off, are cut or wrapped to this."""
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -89,7 +88,7 @@ class TextSource(ABC, Generic[Plan]):
         for at, index in enumerate(indices):
             epoch, position = divmod(index, self._length)
             plan, order = self._epoch(epoch)
-            self._fill(plan, order[position % len(order)], batch, at)
+            self._fill(plan, int(order[position % len(order)]), batch, at)
         return batch
 
     def token_share(self) -> float:
@@ -113,7 +112,7 @@ class TextSource(ABC, Generic[Plan]):
 
 
 class SentencePairs(TextSource[PairPlan]):
-    """BERT's rows, [CLS] A [SEP] B [SEP] (Devlin et al. 2019, section 3.1; google-research/bert create_pretraining_data.py).
+    """BERT's rows, [CLS] A [SEP] B [SEP] (Devlin et al. 2019, section 3.1, and its create_pretraining_data.py).
 
     Sentences of a document are gathered up to a target length. A is a random number of them from the front; B is the
     rest or, half the time and where there is no rest, text from a random place of another document, in which case the
@@ -121,8 +120,8 @@ class SentencePairs(TextSource[PairPlan]):
     the front or the back by chance. The target is drawn for each pair (the reference draws it for each document):
     `sequence_length - 3`, or with `short_probability` a uniform length from 2 up to that.
 
-    Fields: `input_ids`, `token_type_ids`, `attention_mask` [B, L], and `next_sentence_label` [B], 0 where B follows A and
-    1 where it is random (as in transformers).
+    Fields: `input_ids`, `token_type_ids`, `attention_mask` [B, L], and `next_sentence_label` [B], 0 where B follows A
+    and 1 where it is random (as in transformers).
 
     Raises:
         JaxptmError: there is only one document.
@@ -132,16 +131,15 @@ class SentencePairs(TextSource[PairPlan]):
         self, corpus: Corpus, special: SpecialTokens, sequence_length: int, seed: int, short_probability: float = 0.1
     ):
         self.short_probability = short_probability
-        self._documents = corpus.documents
-        if len(self._documents) == 1:
+        if len(corpus.documents) == 1:
             raise JaxptmError(
-                "sentence pairs need two documents at least, and this part of the corpus has one: a random next sentence "
-                "comes from another document. Part documents by blank lines, or use data.format: packed."
+                "sentence pairs need two documents at least, and this part of the corpus has one: a random next "
+                "sentence comes from another document. Part documents by blank lines, or use data.format: packed."
             )
         super().__init__(corpus, special, sequence_length, seed)
 
     def plan(self, epoch: int) -> PairPlan:
-        """See `TextSource.plan`. All documents are walked in lockstep: a round makes the next pair of every one of them."""
+        """See `TextSource.plan`. All documents are walked in lockstep: a round makes the next pair of each of them."""
         random = self._random(epoch, 1)
         corpus, documents = self.corpus, self._documents
         most = self.sequence_length - 3
@@ -163,7 +161,9 @@ class SentencePairs(TextSource[PairPlan]):
             other = documents[other + (other >= document)]
             first, last = corpus.document_start(other), corpus.document_ends[other]
             from_sentence = random.integers(first, last)
-            b_start = np.where(random_next, corpus.sentence_start(from_sentence), corpus.sentence_start(position + a_sentences))
+            b_start = np.where(
+                random_next, corpus.sentence_start(from_sentence), corpus.sentence_start(position + a_sentences)
+            )
             wanted = b_start + np.maximum(target - (a_end - a_start), 1)
             b_end = np.where(
                 random_next,
@@ -224,8 +224,8 @@ class SentencePairs(TextSource[PairPlan]):
 class PackedSentences(TextSource[PackedPlan]):
     """RoBERTa's FULL-SENTENCES rows, [CLS] text [SEP] (Liu et al. 2019, section 4.2).
 
-    Whole sentences follow each other up to `sequence_length - 2` tokens, over the ends of documents, where the stream has
-    a separator. A sentence longer than a row starts a row and goes on in the next ones. No token is lost.
+    Whole sentences follow each other up to `sequence_length - 2` tokens, over the ends of documents, where the stream
+    has a separator. A sentence longer than a row starts a row and goes on in the next ones. No token is lost.
 
     Fields [B, L]: `input_ids`, `attention_mask`, and with `separate_documents` also `segment_ids`: 1, 2, ... for the
     documents in the row, 0 for padding.
@@ -241,14 +241,16 @@ class PackedSentences(TextSource[PackedPlan]):
     def plan(self, epoch: int = 0) -> PackedPlan:
         """See `TextSource.plan`: the same for each epoch, only their orders differ."""
         if self._plan is None:
-            ranges = [self._pack(first, last) for first, last in self.corpus.ranges]
+            ranges = [self._pack(first, last) for first, last in self.corpus.ranges.tolist()]
             self._plan = PackedPlan(*(np.concatenate(parts) for parts in zip(*ranges, strict=True)))
         return self._plan
 
     def _pack(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and ends of the rows of a range of documents."""
         capacity = self.sequence_length - 2
-        sentences = np.arange(*self.corpus.document_ends[[first, last - 1]] * [0, 1] + [self.corpus.document_start(np.array(first)), 0])
+        sentences = np.arange(
+            int(self.corpus.document_start(np.array(first))), int(self.corpus.document_ends[last - 1])
+        )
         starts, ends = self.corpus.sentence_start(sentences), self.corpus.sentence_ends[sentences]
         # Pieces that are not cut: sentences, the longer ones in parts of a row's capacity.
         parts = -(-(ends - starts) // capacity)
@@ -288,7 +290,7 @@ class PackedSentences(TextSource[PackedPlan]):
 
 
 def _truncate(plan: PairPlan, most: int, random: np.random.Generator) -> PairPlan:
-    """Shortens pairs to `most` tokens as if one by one: from the longer segment (B if equal), front or back by chance."""
+    """Shortens pairs to `most` tokens, as if one by one from the longer segment (or B), at front or back by chance."""
     a, b = plan.a_end - plan.a_start, plan.b_end - plan.b_start
     excess = np.maximum(a + b - most, 0)
     uneven = np.minimum(np.abs(a - b), excess)  # all of these come from the longer one, the others from B, A, B, ...

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt
 
 from jaxptm.errors import JaxptmError
 
@@ -54,8 +54,8 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
         if (path / "vocab.txt").exists():
             return _wordpiece(_read_vocab(path / "vocab.txt"), lowercase)
         raise JaxptmError(
-            f"{path}: no tokenizer here: expected tokenizer.json, or vocab.txt, or tokenizer_config.json that names the "
-            "tokenizer_class of the other files."
+            f"{path}: no tokenizer here: expected tokenizer.json, or vocab.txt, or tokenizer_config.json that names "
+            "the tokenizer_class of the other files."
         )
     if path.is_file():
         raise JaxptmError(f"{path}: is no tokenizer file (.json or .txt).")
@@ -71,8 +71,8 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
         if path.is_dir():
             raise JaxptmError(f"{path}: the tokenizer does not open: {reason}") from error
         raise JaxptmError(
-            f"tokenizer {str(name)!r}: no such directory, and the Hugging Face hub does not give it (no network, or no such "
-            f"repository): {reason}"
+            f"tokenizer {str(name)!r}: no such directory, and the Hugging Face hub does not give it (no network, or no "
+            f"such repository): {reason}"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise JaxptmError(f"tokenizer {str(name)!r} has no fast version (tokenizer.json), which jaxptm needs.")
@@ -82,7 +82,7 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> PreTrainedTokenizerFast:
     """Learns a WordPiece vocabulary from `texts` and returns BERT's tokenizer with it.
 
-    Ids 0 to 4 are [PAD] [UNK] [CLS] [SEP] [MASK], then come single characters, then pieces in the order they were learnt.
+    Ids 0 to 4 are [PAD] [UNK] [CLS] [SEP] [MASK], then come single characters, then pieces as they were learnt.
     The same text gives the same vocabulary. A small corpus may give fewer entries than asked: see `len(tokenizer)`.
 
     Raises:
@@ -107,13 +107,13 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
         for character in piece:
             characters[character] += count
     alphabet = sorted(sorted(characters, key=lambda c: (-characters[c], c))[:ALPHABET_LIMIT])
-    # The trainer numbers "##x" in the order of a randomly seeded hash map; passed as special tokens, they have fixed ids.
+    # The trainer numbers "##x" in the order of a randomly seeded hash map; as "special tokens" they have fixed ids.
     fixed = [*SPECIAL, *alphabet, *(f"##{character}" for character in alphabet)]
     if vocab_size < len(fixed):
         raise JaxptmError(
             f"data.vocab_size {vocab_size} is too small: the alphabet of the corpus alone takes {len(fixed)} entries."
         )
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -172,8 +172,8 @@ class Encoder:
         self._by_word = _words_are_independent(self._backend)
         self._table = _WordTable(["\n", document_end])
 
-    def __call__(self, block: str) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " S"], Bool[np.ndarray, " S"]]:
-        """Returns the ids, the offset in them where each sentence (empty ones too) ends, and whether a document ends there."""
+    def __call__(self, block: str) -> tuple[UInt[np.ndarray, " tokens"], Int[np.ndarray, " S"], Bool[np.ndarray, " S"]]:
+        """The ids, the offset in them where each sentence (empty ones too) ends, and whether a document ends there."""
         return self._encode_words(block) if self._by_word else self._encode_sentences(block)
 
     def _encode_words(self, block: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -236,7 +236,7 @@ class _WordTable(dict[str, int]):
 
 
 def _words_are_independent(backend: Tokenizer) -> bool:
-    """Whether the ids of a text are those of its parts between spaces, one after the other, as in BERT's tokenisation."""
+    """Whether the ids of a text are those of its parts between spaces, one after the other, as with BERT."""
     fields = json.loads(backend.to_str())
     parts = [(fields[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
     spaced = any(" " in token["content"] for token in fields["added_tokens"])

@@ -107,7 +107,7 @@ def from_hf(theirs: Mapping[str, Any]) -> dict[str, Any]:
         if theirs.get(key, usual) != usual:
             raise ValueError(f"`{key}: {theirs[key]}` is not supported, only {usual!r}")
     fields = {key: theirs[key] for key in BertConfig.model_fields if key in theirs and key not in ("norm", "pooler")}
-    if "id2label" in theirs:
+    if theirs.get("id2label"):
         fields["num_labels"] = len(theirs["id2label"])
     return fields
 

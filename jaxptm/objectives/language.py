@@ -30,7 +30,8 @@ def masked_language_model(
 
     def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
         mask_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        ids, real = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"]).astype(bool)
+        batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
+        ids, real = batch["input_ids"], batch["attention_mask"].astype(bool)
         masked = mask_tokens(
             mask_keys,
             ids,
@@ -61,7 +62,7 @@ def masked_language_model(
         }
         if module.task == "pretraining":
             rows = real.any(axis=1).astype(jnp.float32)
-            labels = jnp.asarray(batch["next_sentence_label"])
+            labels = batch["next_sentence_label"]
             terms["nsp_loss"] = cross_entropy(out["seq_relationship_logits"], labels, rows)
             scores["nsp_accuracy"] = accuracy(out["seq_relationship_logits"], labels, rows)
         return terms, scores

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxptm.nn.text import TextModel
 from jaxptm.types import Array, Batch, Means, Params
 
 
+@runtime_checkable
 class Loss(Protocol):
     """The losses and scores of some rows of a batch."""
 

@@ -1,0 +1,296 @@
+"""Whole runs on a small made-up language: what they leave behind, how they resume, how they fail."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+import jaxptm.training
+from jaxptm.config import TrainConfig, load_config
+from jaxptm.evaluation import evaluate
+from jaxptm.metrics import read_metrics
+from jaxptm.pretrained import from_pretrained
+from jaxptm.training import restore_model, train
+from jaxptm.types import JaxptmError
+
+STEPS = 24
+
+
+def write_corpus(path: Path, seed: int = 0, documents: int = 80) -> None:
+    """Documents of sentences in which each word decides what may follow, so that there is something to learn."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(60)]
+    follows = {word: draw.sample(words, 3) for word in words}
+    lines = []
+    for _ in range(documents):
+        for _ in range(draw.randint(4, 9)):
+            sentence = [draw.choice(words)]
+            while len(sentence) < draw.randint(4, 14):
+                sentence.append(draw.choice(follows[sentence[-1]]))
+            lines.append(" ".join(sentence).capitalize() + ".")
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    write_corpus(home / "corpus.txt")
+    return home
+
+
+def config_of(home: Path, out: str, **changes: Any) -> TrainConfig:
+    fields: dict[str, Any] = {
+        "model": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 32,
+        },
+        "objective": {"name": "pretraining"},
+        "data": {
+            "files": str(home / "corpus.txt"),
+            "eval_fraction": 0.1,
+            "tokenizer": "train",
+            "vocab_size": 200,
+            "sequence_length": 32,
+        },
+        "optimizer": {"name": "adamw", "learning_rate": 2e-3, "schedule": "linear", "warmup": 4},
+        "train": {"steps": STEPS, "batch_size": 8, "log_every": 6, "eval_every": 12, "eval_batches": 2, "checkpoint_every": 5},
+        "parallel": {"data": 1},
+        "out": str(home / out),
+    }
+    for key, value in changes.items():
+        target = fields
+        *parents, last = key.split("__")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    path = home / f"{out}.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    return load_config(path)
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    config = config_of(home, "whole")
+    return config, train(config)
+
+
+def weights(directory: str | Path) -> dict[str, np.ndarray]:
+    return load_file(Path(directory) / "model" / "model.safetensors")
+
+
+def assert_equal_to_the_bit(config: TrainConfig, other: TrainConfig) -> None:
+    """The exported parameters, and in the last checkpoints also the optimizer's moments."""
+    ours, theirs = weights(config.out), weights(other.out)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+    first, second = (state_of(each) for each in (config, other))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def state_of(config: TrainConfig) -> Any:
+    import orbax.checkpoint as ocp
+
+    path = Path(config.out).absolute() / "checkpoints" / str(STEPS) / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        return jax.device_get(checkpointer.restore(path))
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int, kind: signal.Signals) -> None:
+    """The process sends itself a signal while the batch of the given step is asked for."""
+    plain = jaxptm.training.batches
+
+    def batches(source: Any, batch_size: int, start: int, steps: int) -> Any:
+        for at, batch in enumerate(plain(source, batch_size, start, steps), start + 1):
+            if at == step:
+                os.kill(os.getpid(), kind)
+            yield batch
+
+    monkeypatch.setattr(jaxptm.training, "batches", batches)
+
+
+def test_a_run_leaves_everything_behind(finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config, results = finished
+    out = Path(config.out)
+    assert json.loads((out / "results.json").read_text()) == results
+    assert results["finished"] and results["step"] == STEPS
+    assert {"jax", "jaxptm", "transformers"} <= results["versions"].keys()
+    assert results["devices"] == ["cpu"]  # of the eight that there are
+    assert results["config"]["optimizer"]["learning_rate"] == 2e-3
+    assert 0 < results["utilisation"] and 0 < results["tokens_per_second"]
+    assert load_config(out / "config.yaml") == config
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any((out / "tensorboard").iterdir())
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [6, 12, 18, 24]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [12, 24]
+    assert lines[-1]["train/mlm_loss"] < lines[0]["train/mlm_loss"]
+    assert lines[0]["train/learning_rate"] == pytest.approx(2e-3 * (1 - 1 / 20))
+    for line in lines:
+        assert line["train/loss"] == pytest.approx(line["train/mlm_loss"] + line["train/nsp_loss"], abs=0.05)
+
+
+def test_the_model_opens_in_transformers(finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    import torch
+    import transformers
+
+    config, _ = finished
+    directory = Path(config.out) / "model"
+    theirs, info = transformers.BertForPreTraining.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    text = (Path(config.data.files) if isinstance(config.data.files, str) else Path()).read_text().splitlines()[0]
+    batch = tokenizer([text], return_tensors="np")
+    ours = from_pretrained(directory, "auto")(**batch)
+    with torch.no_grad():
+        out = theirs.eval()(**{name: torch.tensor(value) for name, value in batch.items()})
+    np.testing.assert_allclose(ours.prediction_logits, out.prediction_logits.numpy(), atol=2e-5)
+    np.testing.assert_allclose(ours.seq_relationship_logits, out.seq_relationship_logits.numpy(), atol=2e-5)
+
+
+def test_a_finished_run_is_not_run_again(finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config, results = finished
+    before = weights(config.out)
+    again = train(config)
+    assert again["train"] == results["train"] and again["eval"] == results["eval"]
+    for name, tensor in weights(config.out).items():
+        np.testing.assert_array_equal(tensor, before[name])
+
+
+def test_kill_9_and_resume_end_with_the_same_bits(home: Path, finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config = config_of(home, "killed", train__keep=3)
+    script = (
+        "import os, signal, sys, pytest\n"
+        "sys.path.insert(0, {tests!r})\n"
+        "from test_training import die_at\n"
+        "from jaxptm.training import train\n"
+        "die_at(pytest.MonkeyPatch(), {step}, signal.SIGKILL)\n"
+        "train({config!r})\n"
+    )
+    for step, reached in ((3, []), (13, [5, 10]), (19, [10, 15])):
+        text = script.format(tests=str(Path(__file__).parent), step=step, config=str(home / "killed.yaml"))
+        died = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        found = sorted(int(path.name) for path in (home / "killed/checkpoints").iterdir() if path.name.isdigit())
+        # The newest may have been under way when the process died.
+        assert found in (reached, reached[:-1]) or set(found) <= {5, 10, 15}, found
+    results = train(config)
+    assert results["finished"]
+    assert_equal_to_the_bit(config, finished[0])
+    assert [line["step"] for line in read_metrics(home / "killed/metrics.jsonl")] == [6, 12, 18, 24]
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+    home: Path, finished: tuple[TrainConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(home, "damaged")
+    with monkeypatch.context() as patch:
+        die_at(patch, 12, signal.SIGTERM)
+        assert train(config) == {"finished": False, "step": 12}
+    newest = home / "damaged/checkpoints/12"
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with caplog.at_level(logging.WARNING):
+        assert train(config)["finished"]
+    assert str(newest) in caplog.text and "passed over" in caplog.text
+    assert_equal_to_the_bit(config, finished[0])
+
+
+def test_reporting_may_change_on_resume_and_nothing_else(home: Path, finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config_of(home, "whole", train__log_every=3)
+    assert train(load_config(home / "whole.yaml"))["finished"]
+    before = (home / "whole/config.yaml").read_text()
+    changed = config_of(home, "whole", optimizer__learning_rate=1e-3, train__seed=5)
+    with pytest.raises(JaxptmError) as error:
+        train(changed)
+    message = str(error.value)
+    assert "belongs to a run with another config" in message
+    assert "optimizer.learning_rate: 0.002 there, 0.001 now" in message and "train.seed" in message
+    assert (home / "whole/config.yaml").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(home: Path) -> None:
+    config = config_of(
+        home, "diverged", optimizer__learning_rate=1e30, optimizer__clip=None, optimizer__warmup=0,
+        train__checkpoint_every=1, train__log_every=20,
+    )  # fmt: skip
+    with pytest.raises(JaxptmError, match=r"step \d+: the (loss|grad_norm) is (nan|inf).*learning_rate"):
+        train(config)
+    kept = [path for path in (home / "diverged/checkpoints").iterdir() if path.name.isdigit()]
+    assert kept
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore_model(home / "diverged").params))
+
+
+def test_another_road_through_the_options(home: Path, finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    first = Path(finished[0].out)
+    config = config_of(
+        home,
+        "packed",
+        model=str(first / "model"),
+        init_from=str(first / "model"),
+        objective={"name": "masked-lm", "masking": "words", "mask_probability": 0.2},
+        data__format="packed",
+        data__separate_documents=True,
+        optimizer={"name": "lamb", "learning_rate": 1e-3, "schedule": "inverse_sqrt", "warmup": 0.25},
+        train={"epochs": 0.5, "batch_size": 8, "accumulate": 2, "dtype": "bfloat16", "eval_batches": None},
+        parallel={"data": 2, "scan": True, "remat": True},
+    )
+    results = train(config)
+    assert results["finished"] and results["train"]["mlm_loss"] < 6
+    assert "nsp_loss" not in results["train"]
+    model = from_pretrained(home / "packed/model", "masked-lm")
+    assert model.config.num_hidden_layers == 2
+    again = evaluate(home / "packed", config)
+    assert again["mlm_loss"] == pytest.approx(results["eval"]["mlm_loss"], rel=1e-2)
+
+
+def test_evaluate_gives_the_numbers_of_the_run(finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config, results = finished
+    assert evaluate(config.out, config) == pytest.approx(results["eval"], rel=1e-5)
+
+
+def test_a_checkpoint_is_restored_as_a_model(finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config, _ = finished
+    model = restore_model(Path(config.out))
+    exported = from_pretrained(Path(config.out) / "model", "auto")
+    jax.tree.map(np.testing.assert_array_equal, model.params, exported.params)
+    with pytest.raises(JaxptmError, match="no checkpoint of step 7"):
+        restore_model(Path(config.out), 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel__data": 64}, "64 devices asked for"),
+        ({"train__batch_size": 6, "parallel__data": 4}, "do not divide among 4 devices"),
+        ({"data__sequence_length": 64}, "more than the model's 32 positions"),
+        ({"model__vocab_size": 100}, "model.vocab_size: 100 is too small"),
+        ({"model": "bert-gigantic"}, "no preset"),
+        ({"model__hidden_size": 33}, "not a multiple of `num_attention_heads`"),
+        ({"model__colour": "red"}, "model: 1 value.*\n.*colour: there is no such key"),
+        ({"init_from": "/nowhere"}, "no such directory"),
+        ({"optimizer__warmup": 100}, "optimizer.warmup is 100 steps"),
+        ({"data__files": "/nowhere/*.txt"}, "/nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_first_step(home: Path, changes: dict[str, Any], message: str) -> None:
+    config = config_of(home, f"bad_{abs(hash(message))}", **changes)
+    with pytest.raises(JaxptmError, match=f"(?s){message}"):
+        train(config)
