@@ -100,7 +100,8 @@ def predict(
     texts = inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not texts:
         raise JaxptmError("no text given: pass it as arguments or on standard input.")
-    for text, result in zip(texts, pipeline(task, model)(texts, top_k=top_k), strict=True):
+    results = pipeline(task, model)(texts, top_k=top_k)
+    for text, result in zip(texts, [results] if len(texts) == 1 else results, strict=True):
         if as_json:
             print(json.dumps({"input": text, "output": result}, ensure_ascii=False))
             continue

@@ -147,6 +147,12 @@ class TrainConfig(Config):
     out: str
     """The run directory."""
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.objective.name == "pretraining" and self.data.format != "pairs":
+            raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")
+        return self
+
 
 class _Loader(yaml.SafeLoader):
     """Reads `1e-4` as a number, as YAML 1.2 does and PyYAML does not."""
@@ -188,8 +194,11 @@ def validate(kind: type[C], fields: Any, source: str) -> C:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        problems = [f"  {_path(item['loc'])}{_reason(item)}" for item in error.errors()]
-        raise JaxptmError("\n".join([f"{source}: {len(problems)} value(s) do not fit:", *dict.fromkeys(problems)])) from None
+        problems: dict[str, list[str]] = {}
+        for item in error.errors():  # several for one value that may be of several types
+            problems.setdefault(_path(item["loc"]), []).append(_reason(item))
+        lines = [f"  {path}: {' or '.join(dict.fromkeys(reasons))}" for path, reasons in problems.items()]
+        raise JaxptmError("\n".join([f"{source}: {len(lines)} value(s) do not fit:", *lines])) from None
 
 
 def dump_config(config: Config) -> str:
@@ -227,9 +236,9 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def _reason(item: Any) -> str:
     if item["type"] == "extra_forbidden":
-        return ": there is no such key"
+        return "there is no such key"
     if item["type"] == "missing":
-        return ": is missing"
+        return "is missing"
     message = item["msg"].removeprefix("Value error, ")
     shown = "" if item["type"] == "value_error" else f", not {item['input']!r}"
-    return f": {message[0].lower()}{message[1:]}{shown}"
+    return f"{message[0].lower()}{message[1:]}{shown}"

@@ -44,7 +44,7 @@ class FillMask:
 
         Returns:
             For a text with one mask a list of {"score", "token", "token_str", "sequence"}, best first; with several
-            masks a list of such lists; for several texts a list of those.
+            masks a list of such lists; for two texts or more a list of those.
 
         Raises:
             JaxptmError: a text without a mask token or longer than the model, or a target that is no single token.
@@ -56,7 +56,7 @@ class FillMask:
         results = []
         for start in range(0, len(texts), batch_size):
             results += self._fill(texts[start : start + batch_size], top_k, chosen)
-        return results[0] if isinstance(inputs, str) else results
+        return results[0] if len(texts) == 1 else results
 
     def _fill(self, texts: list[str], top_k: int, chosen: np.ndarray | None) -> list[Any]:
         tokenizer, limit = self.model.tokenizer, self.model.config.max_position_embeddings

@@ -1,0 +1,137 @@
+"""The commands as they are typed: exit status, output, errors without a traceback, and a quick start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reference import SMALL, perturbed
+from typer.testing import CliRunner
+
+from jaxptm.cli import app
+
+COMMANDS = ("train", "evaluate", "predict", "prepare", "convert", "doctor")
+
+
+def jaxptm(*arguments: str, text: str | None = None) -> tuple[int, str, str]:
+    """Runs a command in this process; the last --debug is what a shell would pass."""
+    result = CliRunner().invoke(app, list(arguments), input=text)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from jaxptm.data.tokenizer import train_wordpiece
+
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = train_wordpiece(["the cat sat on the mat", "a dog sat on a log"] * 5, 60)
+    perturbed("BertForMaskedLM", **{**SMALL, "vocab_size": len(tokenizer)}).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_importing_costs_nothing() -> None:
+    heavy = ("jax", "flax", "transformers", "datasets", "grain", "orbax", "torch", "matplotlib", "numpy")
+    code = (
+        "import sys, jaxptm, jaxptm.cli\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(jaxptm.cli.app, ['--help']).exit_code == 0\n"
+        f"loaded = [name for name in {heavy} if name in sys.modules]\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_names_of_the_contract() -> None:
+    import jaxptm as package
+
+    for name in ("from_pretrained", "pipeline", "train"):
+        assert callable(getattr(package, name)), name
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        package.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("command", [(), *[(name,) for name in COMMANDS]])
+def test_help(command: tuple[str, ...]) -> None:
+    status, out, _ = jaxptm(*command, "--help")
+    assert status == 0 and "Usage" in out
+    if not command:
+        assert all(name in out for name in COMMANDS)
+
+
+def test_predict_prints_a_table_or_json_lines(model: Path) -> None:
+    text = "the [MASK] sat on the [MASK]"
+    status, out, _ = jaxptm("predict", "fill-mask", str(model), text, "--top-k", "3")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == text and len(lines) == 3
+    assert all(line.count("%") == 3 for line in lines[1:])
+    status, out, _ = jaxptm("predict", "fill-mask", str(model), "--json", text="a [MASK]\n\nthe [MASK] sat\n")
+    assert status == 0
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["input"] for record in records] == ["a [MASK]", "the [MASK] sat"]
+    assert len(records[0]["output"]) == 5 and records[0]["output"][0].keys() == {"score", "token", "token_str", "sequence"}
+
+
+def test_convert_there_and_back_is_exact(model: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    assert jaxptm("convert", str(model), str(tmp_path / "orbax"), "--to", "orbax")[0] == 0
+    assert not list((tmp_path / "orbax").glob("*.safetensors"))
+    assert jaxptm("convert", str(tmp_path / "orbax"), str(tmp_path / "hf"))[0] == 0
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
+    assert set(before) <= set(after)
+    for name, tensor in before.items():
+        assert (tensor == after[name]).all(), name
+    assert (tmp_path / "hf/tokenizer.json").exists()
+
+
+def test_doctor_names_the_devices() -> None:
+    status, out, _ = jaxptm("doctor")
+    assert status == 0 and "jax " in out and "cpu" in out and "torch" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "nowhere.yaml"), "nowhere.yaml: cannot read the config"),
+        (("predict", "fill-mask", "/nowhere", "a"), "/nowhere: there is no such directory"),
+        (("predict", "fly", "/nowhere", "a"), "there is no pipeline 'fly'"),
+        (("convert", "/nowhere", "x"), "/nowhere: there is no such directory"),
+        (("convert", "/nowhere", "x", "--to", "onnx"), "--to onnx: write hf or orbax"),
+        (("convert", "/nowhere", "x", "--step", "3"), "--step is for run directories"),
+        (("evaluate", "/nowhere", "nowhere.yaml"), "nowhere.yaml: cannot read the config"),
+        (("prepare", "nowhere.yaml"), "nowhere.yaml: cannot read the config"),
+    ],
+)
+def test_an_error_is_one_message_and_a_status(arguments: tuple[str, ...], message: str) -> None:
+    status, _, err = jaxptm(*arguments)
+    assert status == 1
+    assert err.startswith("error: ") and message in err and "Traceback" not in err
+
+
+def test_a_text_without_a_mask(model: Path) -> None:
+    status, _, err = jaxptm("predict", "fill-mask", str(model), "the cat")
+    assert status == 1 and "'the cat' holds no mask token" in err
+
+
+def test_debug_shows_the_traceback() -> None:
+    for debug in (False, True):
+        command = [sys.executable, "-m", "jaxptm.cli", "train", "nowhere.yaml", *(["--debug"] if debug else [])]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == debug
+
+
+def test_a_full_disk_and_a_bug_are_told_apart() -> None:
+    import errno
+
+    from jaxptm.cli import _message
+
+    assert "the disk is full" in _message(OSError(errno.ENOSPC, "No space left on device", "runs/x"))
+    assert "bug or a broken installation" in _message(ZeroDivisionError("division by zero"))
