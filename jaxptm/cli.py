@@ -128,7 +128,12 @@ def prepare(
     loaded = load_config(config, overrides or ())
     directory = prepared_directory(loaded)
     manifest = prepare(loaded.data, directory, host=host, hosts=hosts, workers=workers, progress=_note)
-    print(f"{directory}: {manifest}")
+    if manifest is None:
+        print(f"{directory}: the shares of other hosts are still missing")
+        return
+    for split in manifest.splits:
+        counts = (f"{manifest.total(count, split):,} {count}" for count in ("documents", "sentences", "tokens", "bytes"))
+        print(f"{directory}: {split}: {', '.join(counts)}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ Fresh weights are blind: norms start at one and biases at zero, so that swapped 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-
-from jaxptm.models.params import abstract_params
 
 CLASSES = {
     None: "BertModel",
@@ -33,7 +31,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 48,
-    "max_position_embeddings": 24,
+    "max_position_embeddings": 32,
 }
 
 
@@ -56,7 +54,9 @@ def saved(directory: Path, task: str | None = None, **config: Any) -> Any:
     return model
 
 
-def inputs(config: Any, task: str | None = None, *, rows: int = 4, length: int = 13, seed: int = 0) -> dict[str, np.ndarray]:
+def inputs(
+    config: Any, task: str | None = None, *, rows: int = 4, length: int = 13, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random ids: one row whole, one padded, one all padding; position ids that are not 0, 1, ..."""
     rng = np.random.default_rng(seed)
     shape = (rows, 3, length) if task == "multiple-choice" else (rows, length)
@@ -90,11 +90,28 @@ def run(model: Any, arrays: Mapping[str, np.ndarray], **options: Any) -> dict[st
     return model.module.apply({"params": model.params}, **ids, output_hidden_states=True, **options)
 
 
-def random_params(module: Any, seed: int = 0) -> dict[str, Any]:
-    """Parameters of a Flax module, none of them zero or one; much faster than compiling its initialisation."""
+def random_params(shapes: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Parameters of these shapes, scales about one and all else about zero, without compiling an initialisation."""
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype)  # noqa: E731
-    return jax.tree.map(draw, abstract_params(module))
+
+    def draw(path: Any, leaf: Any) -> Any:
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.2, leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def equations(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """The primitive operations of a function of arrays, those of the functions it calls included."""
+
+    def within(jaxpr: Any) -> Iterator[Any]:
+        for equation in jaxpr.eqns:
+            yield equation
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "jaxpr")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from within(inner)
+
+    return list(within(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from jaxptm.errors import JaxptmError
 from jaxptm.models import PRESETS
 from jaxptm.models.bert import BertConfig
-from jaxptm.models.params import flatten, stacked, unflatten
+from jaxptm.models.params import abstract_params, flatten, stacked, unflatten
 from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextModel
 from jaxptm.pretrained import Model, Outputs, check_vocabulary, from_pretrained, model_config
@@ -111,7 +111,7 @@ def test_import_and_export_are_bit_exact(task: str | None, config: dict[str, Any
 def test_export_and_import_are_bit_exact(task: str | None, scan: bool, tmp_path: Path) -> None:
     family, _ = PRESETS["bert-tiny"]
     config = BertConfig(**oracle.SIZES, hidden_act="relu", tie_word_embeddings=False)
-    params = oracle.random_params(TextModel(config, task))
+    params = oracle.random_params(abstract_params(TextModel(config, task)))
     module = TextModel(config, task, Execution(scan=scan))
     Model(family, config, task, module, stacked(params) if scan else params).save_pretrained(tmp_path)
     again = from_pretrained(tmp_path, "auto")
@@ -169,7 +169,10 @@ def test_config_json_keeps_what_jaxptm_does_not_read(copy: Path, tmp_path: Path)
 @pytest.mark.parametrize(("before", "after"), [(5, 2), (5, 3), (2, 5)])
 def test_another_number_of_labels_replaces_their_names(before: int, after: int, copy: Path, tmp_path: Path) -> None:
     names = {str(index): f"name {index}" for index in range(before)}
-    edit(copy / "config.json", lambda config: config.update(id2label=names, label2id={v: int(k) for k, v in names.items()}))
+    edit(
+        copy / "config.json",
+        lambda config: config.update(id2label=names, label2id={v: int(k) for k, v in names.items()}),
+    )
     from_pretrained(copy, "token-classification", num_labels=after).save_pretrained(tmp_path / "ours")
     assert reopened(tmp_path / "ours", "token-classification").config.num_labels == after
 
@@ -207,7 +210,9 @@ def test_a_pretraining_checkpoint_opens_as_every_task(
 ) -> None:
     state = oracle.names(oracle.bert("pretraining"))
     ours = flatten(from_pretrained(pretraining, task).params)
-    np.testing.assert_array_equal(ours["encoder/layer_1/mlp/up/kernel"].T, state["bert.encoder.layer.1.intermediate.dense.weight"])
+    np.testing.assert_array_equal(
+        ours["encoder/layer_1/mlp/up/kernel"].T, state["bert.encoder.layer.1.intermediate.dense.weight"]
+    )
     if "pooler/dense/bias" in ours:
         np.testing.assert_array_equal(ours["pooler/dense/bias"], state["bert.pooler.dense.bias"])
     fresh = {
@@ -220,7 +225,9 @@ def test_a_pretraining_checkpoint_opens_as_every_task(
     assert caplog.messages == warnings
 
 
-@pytest.mark.parametrize(("task", "absent"), [("masked-lm", "mlm_head"), ("next-sentence", "nsp_head"), ("question-answering", "qa_head")])
+@pytest.mark.parametrize(
+    ("task", "absent"), [("masked-lm", "mlm_head"), ("next-sentence", "nsp_head"), ("question-answering", "qa_head")]
+)
 def test_a_bare_encoder_opens_with_a_new_head(
     task: str, absent: str, bare: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -231,7 +238,10 @@ def test_a_bare_encoder_opens_with_a_new_head(
     new = {path for path in ours if path.startswith(f"{absent}/")}
     assert set(ours) - set(encoder) == new
     assert new
-    assert_equal({path: ours[path] for path in ours if path not in new}, {path: encoder[path] for path in ours if path not in new})
+    assert_equal(
+        {path: ours[path] for path in ours if path not in new},
+        {path: encoder[path] for path in ours if path not in new},
+    )
     kernel = f"{absent}/dense/kernel"
     assert 0.01 < ours[kernel].std() < 0.03
     model.save_pretrained(tmp_path)
@@ -261,7 +271,7 @@ def test_names_of_old_versions(copy: Path) -> None:
         for name, tensor in load_file(copy / "model.safetensors").items()
     }
     assert "bert.encoder.layer.0.output.LayerNorm.gamma" in tensors
-    tensors["bert.embeddings.position_ids"] = np.arange(24)[None]
+    tensors["bert.embeddings.position_ids"] = np.arange(32)[None]
     save_file(tensors, copy / "model.safetensors")
     assert_equal(flatten(from_pretrained(copy, "pretraining").params), expected)
 
@@ -310,7 +320,9 @@ def test_transformers_opens_our_shards(pretraining: Path, tmp_path: Path) -> Non
     assert_equal(oracle.names(reopened(tmp_path, "pretraining")), expected)
 
 
-@pytest.mark.parametrize(("task", "config"), [("pretraining", {}), (None, {"pooler": False}), ("masked-lm", {"tie_word_embeddings": False})])
+@pytest.mark.parametrize(
+    ("task", "config"), [("pretraining", {}), (None, {"pooler": False}), ("masked-lm", {"tie_word_embeddings": False})]
+)
 def test_orbax_both_ways(task: str | None, config: dict[str, Any], tmp_path: Path) -> None:
     oracle.saved(tmp_path / "hf", task, **config)
     model = from_pretrained(tmp_path / "hf", task)
@@ -321,7 +333,9 @@ def test_orbax_both_ways(task: str | None, config: dict[str, Any], tmp_path: Pat
     assert_equal(flatten(again.params), flatten(model.params))
 
 
-def test_an_orbax_checkpoint_opens_as_other_tasks(pretraining: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_orbax_checkpoint_opens_as_other_tasks(
+    pretraining: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = from_pretrained(pretraining, "pretraining")
     model.save_orbax(tmp_path)
     for task in (None, "masked-lm"):
@@ -337,7 +351,10 @@ def test_an_orbax_checkpoint_that_does_not_fit(pretraining: Path, tmp_path: Path
     edit(tmp_path / "config.json", lambda config: config.update(num_hidden_layers=1, intermediate_size=50))
     with pytest.raises(JaxptmError) as error:
         from_pretrained(tmp_path, "masked-lm")
-    assert "mis-shaped bert.encoder.layer.0.intermediate.dense.weight: [48, 32] in the file, [50, 32] in the model" in str(error.value)
+    assert (
+        "mis-shaped bert.encoder.layer.0.intermediate.dense.weight: [48, 32] in the file, [50, 32] in the model"
+        in str(error.value)
+    )
     assert "unexpected encoder/layer_1/mlp/up/kernel [32, 48]" in str(error.value)
 
 
@@ -350,7 +367,9 @@ def test_an_orbax_checkpoint_of_eight_devices_opens_on_one(pretraining: Path, tm
         [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(float(oracle.names(oracle.bert("pretraining"))["bert.pooler.dense.bias"].sum()), abs=1e-5)
+    assert float(done.stdout) == pytest.approx(
+        float(oracle.names(oracle.bert("pretraining"))["bert.pooler.dense.bias"].sum()), abs=1e-5
+    )
 
 
 def test_one_directory_holds_one_model(pretraining: Path, tmp_path: Path) -> None:
@@ -419,7 +438,9 @@ def test_another_number_of_labels_than_the_head_has(tmp_path: Path) -> None:
     oracle.saved(tmp_path, "sequence-classification", num_labels=3)
     message = refused(tmp_path, "sequence-classification", num_labels=2)
     assert "mis-shaped classifier.weight: [3, 32] in the file, [2, 32] in the model" in message
-    assert "num_labels: input should be greater than 0, not 0" in refused(tmp_path, "sequence-classification", num_labels=0)
+    assert "num_labels: input should be greater than 0, not 0" in refused(
+        tmp_path, "sequence-classification", num_labels=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -427,7 +448,10 @@ def test_another_number_of_labels_than_the_head_has(tmp_path: Path) -> None:
     [
         ({"model_type": "t5"}, "model_type 't5' is not one of bert"),
         ({"model_type": None}, "model_type None is not one of bert"),
-        ({"position_embedding_type": "relative_key"}, "`position_embedding_type: relative_key` is not supported, only 'absolute'"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "`position_embedding_type: relative_key` is not supported, only 'absolute'",
+        ),
         ({"is_decoder": True}, "`is_decoder: True` is not supported, only False"),
         ({"hidden_act": "gulp"}, "`hidden_act` 'gulp' is not one of gelu, gelu_new"),
         ({"num_attention_heads": 5}, "`hidden_size` 32 is not a multiple of `num_attention_heads` 5"),
@@ -492,11 +516,11 @@ ROW = np.ones((2, 8), np.int64)
         ({"input_ids": ROW * -1}, "`input_ids` goes from -1 to -1; the model takes 0 to 66."),
         ({"input_ids": ROW * 1.0}, "`input_ids` holds float64, expected integers."),
         ({"input_ids": [["the", "cat"]]}, "`input_ids` holds <U3, expected integers."),
-        ({"input_ids": np.ones((1, 25), int)}, "the input is 25 tokens long, the model takes 24; truncate it"),
+        ({"input_ids": np.ones((1, 33), int)}, "the input is 33 tokens long, the model takes 32; truncate it"),
         ({"input_ids": ROW, "attention_mask": ROW[:, :7]}, "`attention_mask` has shape [2, 7], `input_ids` [2, 8]."),
         ({"input_ids": ROW, "attention_mask": ROW * 2}, "`attention_mask` goes from 2 to 2; the model takes 0 to 1."),
         ({"input_ids": ROW, "token_type_ids": ROW * 2}, "`token_type_ids` goes from 2 to 2; the model takes 0 to 1."),
-        ({"input_ids": ROW, "position_ids": ROW * 24}, "`position_ids` goes from 24 to 24; the model takes 0 to 23."),
+        ({"input_ids": ROW, "position_ids": ROW * 32}, "`position_ids` goes from 32 to 32; the model takes 0 to 31."),
         ({"input_ids": ROW, "mlm_positions": ROW * 8}, "`mlm_positions` goes from 8 to 8; the model takes 0 to 7."),
         ({"input_ids": ROW, "mlm_positions": ROW[:1]}, "`mlm_positions` has shape [1, 8], `input_ids` [2, 8]."),
         ({"input_ids": ROW, "mlm_positions": ROW[:, 0]}, "`mlm_positions` has shape [2], `input_ids` [2, 8]."),
@@ -533,7 +557,9 @@ def test_presets_take_the_vocabulary_of_the_tokenizer() -> None:
 
 
 def test_fields_override_a_preset() -> None:
-    _, config = model_config({"preset": "bert-tiny", "hidden_act": "relu", "vocab_size": 5000, "layer_norm_eps": 1e-6}, 1234)
+    _, config = model_config(
+        {"preset": "bert-tiny", "hidden_act": "relu", "vocab_size": 5000, "layer_norm_eps": 1e-6}, 1234
+    )
     tiny = PRESETS["bert-tiny"][1]
     assert config == tiny.model_copy(update={"hidden_act": "relu", "vocab_size": 5000, "layer_norm_eps": 1e-6})
 
@@ -554,12 +580,21 @@ def test_a_directory_lends_its_config(pretraining: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("bert-huge", "model: 'bert-huge' is no preset (bert-tiny, bert-mini, bert-small, bert-medium, bert-base, bert-large); bert-huge: no such directory here"),
+        (
+            "bert-huge",
+            "model: 'bert-huge' is no preset (bert-tiny, bert-mini, bert-small, bert-medium, bert-base, bert-large); bert-huge: no such directory here",
+        ),
         ({"preset": "bert-tiny", "layers": 3, "hidden_size": 0}, "model: 2 value(s) do not fit:"),
         ({"preset": "bert-tiny", "layers": 3}, "layers: there is no such key"),
-        ({"preset": "bert-tiny", "hidden_size": 100, "num_attention_heads": 3}, "is not a multiple of `num_attention_heads` 3"),
+        (
+            {"preset": "bert-tiny", "hidden_size": 100, "num_attention_heads": 3},
+            "is not a multiple of `num_attention_heads` 3",
+        ),
         ({"preset": "bert-tiny", "norm": "pre"}, "norm: input should be 'post', not 'pre'"),
-        ({"preset": "bert-tiny", "vocab_size": 99}, "model.vocab_size: 99 is too small for the tokenizer's 100 entries."),
+        (
+            {"preset": "bert-tiny", "vocab_size": 99},
+            "model.vocab_size: 99 is too small for the tokenizer's 100 entries.",
+        ),
         ({"family": "t5"}, "model.family: 't5' is not one of bert."),
     ],
 )

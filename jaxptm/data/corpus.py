@@ -39,7 +39,7 @@ from jaxptm.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train
 from jaxptm.errors import JaxptmError
 
 FORMAT = 1
-"""Version of the directory's layout; another version is prepared anew."""
+"""Version of the layout and of the way text is cut; another version is prepared anew."""
 BYTES_PER_WORKER = 2**24
 """Source bytes that make another process worth its start."""
 

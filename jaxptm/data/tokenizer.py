@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PUNCTUATION = ",.;:!?\"'()[]-—“”‘’"
+"""The commonest marks that BERT's tokenisation makes tokens of their own."""
 ALPHABET_LIMIT = 1000
 """Characters a trained vocabulary spells words with; rarer ones become [UNK], as in BERT's multilingual recipe."""
 
@@ -179,8 +181,11 @@ class Encoder:
     def _encode_words(self, block: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if len(self._table) > self.TABLE_LIMIT:
             self._table = _WordTable(["\n", self._document_end])
-        # Other white space stays within "words", where the tokenizer itself decides what it is.
-        words = block.replace("\n", " \n ").replace(self._document_end, f" {self._document_end} ").split(" ")
+        # Punctuation is a word of its own to BERT, so setting it apart changes no id and makes fewer distinct words.
+        # Other white space and marks stay within "words", where the tokenizer itself decides what they are.
+        for mark in ("\n", self._document_end, *PUNCTUATION):
+            block = block.replace(mark, f" {mark} ")
+        words = block.split(" ")
         rows, first, length = self._table.look_up(words, self._encode)
         ends = np.cumsum(length)
         ids = self._table.ids[np.repeat(first - (ends - length), length) + np.arange(ends[-1])]
@@ -236,11 +241,12 @@ class _WordTable(dict[str, int]):
 
 
 def _words_are_independent(backend: Tokenizer) -> bool:
-    """Whether the ids of a text are those of its parts between spaces, one after the other, as with BERT."""
+    """Whether the ids of a text are those of its words and punctuation marks, one after the other, as with BERT."""
     fields = json.loads(backend.to_str())
     parts = [(fields[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-    spaced = any(" " in token["content"] for token in fields["added_tokens"])
-    return parts == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not spaced
+    # Special tokens are plain text to the encoder; another added token may reach over a border of words.
+    only_special = all(token["special"] for token in fields["added_tokens"])
+    return parts == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and only_special
 
 
 def _wordpiece(vocab: dict[str, int], lowercase: bool) -> PreTrainedTokenizerFast:

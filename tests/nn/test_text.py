@@ -1,0 +1,186 @@
+"""Text models: packing, padding, positions of the language-model head, and the count of their operations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jaxptm.models.bert import BertConfig
+from jaxptm.models.params import abstract_params
+from jaxptm.nn.core import Execution
+from jaxptm.nn.text import TASKS, TextEmbeddings, TextModel, forward_flops
+from jaxptm.types import Params
+
+CONFIG = BertConfig(**oracle.SIZES, hidden_dropout_prob=0.25)
+VOCABULARY = CONFIG.vocab_size
+ROWS, LENGTH = 4, 13  # of all tests, so that their ops are compiled once
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return oracle.random_params(abstract_params(TextModel(CONFIG, "pretraining")))
+
+
+def run(params: Params, input_ids: Any, task: str | None = "pretraining", **options: Any) -> Any:
+    return TextModel(CONFIG, task).apply({"params": params}, jnp.asarray(input_ids), **options)
+
+
+def ids(*shape: int, seed: int = 0) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, VOCABULARY, shape or (ROWS, LENGTH)))
+
+
+def test_a_packed_row_equals_its_documents_alone(params: Params) -> None:
+    first, second = ids(), ids(seed=1)
+    row = jnp.concatenate([first, second], axis=1)
+    segments = jnp.asarray([[1] * LENGTH + [2] * (LENGTH - 3) + [0] * 3] * ROWS)
+    mask = (segments > 0).astype(jnp.int32)
+    packed = run(params, row, segment_ids=segments, attention_mask=mask, output_hidden_states=True)
+    alone = run(params, first, output_hidden_states=True)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH, 2 * LENGTH), (ROWS, LENGTH))
+    shifted = run(params, second, position_ids=positions, attention_mask=mask[:, LENGTH:], output_hidden_states=True)
+    for together, one, two in zip(*(out["hidden_states"] for out in (packed, alone, shifted)), strict=True):
+        np.testing.assert_allclose(together[:, :LENGTH], one, atol=2e-5)
+        np.testing.assert_allclose(together[:, LENGTH:-3], two[:, :-3], atol=2e-5)
+    np.testing.assert_allclose(packed["prediction_logits"][:, :LENGTH], alone["prediction_logits"], atol=5e-5)
+    # Without segments the documents do see each other.
+    mixed = run(params, row, attention_mask=mask)
+    assert np.abs(mixed["prediction_logits"][:, :LENGTH] - alone["prediction_logits"]).max() > 0.1
+
+
+def test_what_stands_in_padding_changes_no_token(params: Params) -> None:
+    row = ids()
+    mask = jnp.asarray([[1] * 13, [1] * 6 + [0] * 7, [0, 0] + [1] * 11, [1] * 12 + [0]])
+    other = jnp.where(mask == 1, row, ids(seed=7))
+    types = jnp.where(mask == 1, 0, 1)
+    before = run(params, row, attention_mask=mask)
+    after = run(params, other, attention_mask=mask, token_type_ids=types)
+    real = np.asarray(mask, bool)
+    np.testing.assert_array_equal(before["prediction_logits"][real], after["prediction_logits"][real])
+    assert (before["prediction_logits"][~real] != after["prediction_logits"][~real]).any(axis=-1).all()
+
+
+def test_padding_a_row_changes_no_token(params: Params) -> None:
+    row = ids()
+    padded = jnp.concatenate([row, jnp.zeros_like(row)], axis=1)
+    mask = jnp.asarray([[1] * LENGTH + [0] * LENGTH] * ROWS)
+    alone, out = run(params, row), run(params, padded, attention_mask=mask)
+    np.testing.assert_allclose(out["prediction_logits"][:, :LENGTH], alone["prediction_logits"], atol=5e-5)
+    np.testing.assert_allclose(out["seq_relationship_logits"], alone["seq_relationship_logits"], atol=5e-5)
+
+
+def test_a_row_of_nothing_but_padding_stays_finite(params: Params) -> None:
+    out = run(params, ids(), attention_mask=jnp.zeros((ROWS, LENGTH), jnp.int32))
+    assert all(np.isfinite(value).all() for value in out.values())
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "pretraining"])
+def test_the_language_model_head_runs_at_chosen_positions(task: str, params: Params) -> None:
+    row, positions = ids(), jnp.asarray([[0, 5, 12], [3, 3, 1], [12, 0, 2], [4, 5, 6]])
+    name = "logits" if task == "masked-lm" else "prediction_logits"
+    whole = run(params, row, task)
+    chosen = run(params, row, task, mlm_positions=positions)
+    assert chosen[name].shape == (ROWS, 3, VOCABULARY)
+    np.testing.assert_allclose(chosen[name], np.take_along_axis(whole[name], positions[..., None], axis=1), atol=2e-5)
+    if task == "pretraining":
+        np.testing.assert_array_equal(chosen["seq_relationship_logits"], whole["seq_relationship_logits"])
+
+
+def test_token_type_and_position_tables_are_used(params: Params) -> None:
+    row = ids()
+    plain = run(params, row)["prediction_logits"]
+    numbers = jnp.broadcast_to(jnp.arange(LENGTH), row.shape)
+    for name, value in {"token_type_ids": numbers % 2, "position_ids": numbers[:, ::-1]}.items():
+        changed = run(params, row, **{name: value})["prediction_logits"]
+        assert np.abs(changed - plain).max() > 0.1
+    same = run(params, row, position_ids=numbers, token_type_ids=jnp.zeros_like(row))["prediction_logits"]
+    np.testing.assert_array_equal(same, plain)
+
+
+def test_choices_are_scored_one_by_one() -> None:
+    module = TextModel(CONFIG, "multiple-choice")
+    params = oracle.random_params(abstract_params(module))
+    row = ids(2, 2, LENGTH)
+    together = module.apply({"params": params}, row)["logits"]
+    assert together.shape == (2, 2)
+    single = module.apply({"params": params}, row.reshape(4, 1, LENGTH))["logits"]
+    np.testing.assert_allclose(together.reshape(4, 1), single, atol=2e-5)
+
+
+def test_embedding_dropout_preserves_the_mean(params: Params) -> None:
+    module = TextEmbeddings(CONFIG, Execution())
+    variables = {"params": params["embeddings"]}
+    row, positions = ids(1, 6), jnp.arange(6)[None]
+    expected = np.asarray(module.apply(variables, row, row * 0, positions, train=False))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drop = jax.jit(
+        jax.vmap(lambda key: module.apply(variables, row, row * 0, positions, train=True, rngs={"dropout": key}))
+    )
+    ratios = np.asarray(drop(keys)) / expected[None]
+    assert abs((ratios == 0).mean() - 0.25) < 0.003
+    np.testing.assert_allclose(ratios[ratios != 0], 4 / 3, rtol=1e-4)
+    np.testing.assert_allclose(ratios.mean(axis=0), 1, atol=5 * (1 / 3 / 4000) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("task", "rate", "classifier_dropout", "expected"),
+    [
+        ("sequence-classification", 0.5, None, True),
+        ("sequence-classification", 0.5, 0.0, False),
+        ("token-classification", 0.0, 0.5, True),
+        ("multiple-choice", 0.5, None, True),
+        ("question-answering", 0.5, 0.5, False),
+        ("next-sentence", 0.5, 0.5, False),
+    ],
+)
+def test_which_heads_have_dropout(task: str, rate: float, classifier_dropout: float | None, expected: bool) -> None:
+    """As in transformers: only the heads that are called classifiers, at their own rate or the encoder's."""
+    config = CONFIG.model_copy(update={"hidden_dropout_prob": rate, "classifier_dropout": classifier_dropout})
+    module = TextModel(config, task)
+    params = oracle.random_params(abstract_params(module))
+    # With dead norms nothing that is dropped in the encoder reaches the head.
+    params["encoder"]["layer_1"]["mlp_norm"]["scale"] *= 0
+    shape = (2, 2, LENGTH) if task == "multiple-choice" else (ROWS, LENGTH)
+    one, other = (
+        next(
+            iter(
+                module.apply(
+                    {"params": params}, ids(*shape), train=True, rngs={"dropout": jax.random.key(key)}
+                ).values()
+            )
+        )
+        for key in (0, 1)
+    )
+    assert bool((one != other).any()) == expected
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "pretraining", "token-classification"])
+def test_operations_are_counted(task: str) -> None:
+    rows, length, predictions = 3, 10, 4
+    module = TextModel(CONFIG, task)
+    batch = jnp.zeros((rows, length), jnp.int32)
+    positions = jnp.zeros((rows, predictions), jnp.int32)
+
+    def forward(params: Params) -> Any:
+        return module.apply({"params": params}, batch, mlm_positions=positions)
+
+    counted = 0
+    for operation in oracle.equations(forward, abstract_params(module)):
+        if operation.primitive.name == "dot_general":
+            (contracted, _), _ = operation.params["dimension_numbers"]
+            inner = math.prod(operation.invars[0].aval.shape[axis] for axis in contracted)
+            counted += 2 * inner * math.prod(operation.outvars[0].aval.shape)
+    # The two columns of a classifier are too few to count.
+    classifier = {"masked-lm": 0, "pretraining": rows, "token-classification": rows * length}[task]
+    counted -= 2 * classifier * CONFIG.hidden_size * 2
+    assert forward_flops(CONFIG, task, rows, length, predictions) == counted
+
+
+def test_tasks_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match=f"task 'translation' is not one of {', '.join(TASKS)}"):
+        abstract_params(TextModel(CONFIG, "translation"))
