@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 from jaxptm.config import TextData
-from jaxptm.data.corpus import prepare
+from jaxptm.data.prepare import prepare
 from jaxptm.data.sources import DOCUMENT_END, find_sources, read_blocks
 from jaxptm.data.tokenizer import load_tokenizer
 

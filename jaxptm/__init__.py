@@ -1,8 +1,8 @@
 """jaxptm: pre-trained encoders in JAX, with Hugging Face weights in and out.
 
-    model = jaxptm.from_pretrained("bert-base-uncased", "masked-lm")
-    fill = jaxptm.pipeline("fill-mask", "runs/quickstart/model")
-    results = jaxptm.train("configs/pretrain/quickstart.yaml")
+model = jaxptm.from_pretrained("bert-base-uncased", "masked-lm")
+fill = jaxptm.pipeline("fill-mask", "runs/quickstart/model")
+results = jaxptm.train("configs/pretrain/quickstart.yaml")
 """
 
 from __future__ import annotations

@@ -22,8 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Command = TypeVar("Command", bound=Callable[..., Any])
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/pretrain/bert_mini.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.KEY=VALUE]...", help="Values instead of the file's.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/pretrain/bert_mini.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.KEY=VALUE]...", help="Values instead of the file's.")
+]
 
 
 def main() -> None:
@@ -55,7 +59,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, JaxptmError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'the run directory'}: the disk is full; free some space and run the same command again."
+        place = error.filename or "the run directory"
+        return f"{place}: the disk is full; free some space and run the same command again."
     return f"{type(error).__name__}: {error} (this is a bug or a broken installation; --debug shows where)"
 
 
@@ -90,7 +95,9 @@ def evaluate(
 def predict(
     task: Annotated[str, typer.Argument(help="fill-mask")],
     model: Annotated[str, typer.Argument(help="A model directory or a hub name.")],
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Default: lines of standard input.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT...", help="Default: lines of standard input.")
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Answers for each mask.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
 ) -> None:
@@ -122,7 +129,7 @@ def prepare(
 ) -> None:
     """Turn the corpus of CONFIG into token shards. An interrupted run goes on where it stopped."""
     from jaxptm.config import load_config
-    from jaxptm.data.corpus import prepare
+    from jaxptm.data.prepare import prepare
     from jaxptm.run import prepared_directory
 
     loaded = load_config(config, overrides or ())
@@ -132,7 +139,9 @@ def prepare(
         print(f"{directory}: the shares of other hosts are still missing")
         return
     for split in manifest.splits:
-        counts = (f"{manifest.total(count, split):,} {count}" for count in ("documents", "sentences", "tokens", "bytes"))
+        counts = (
+            f"{manifest.total(count, split):,} {count}" for count in ("documents", "sentences", "tokens", "bytes")
+        )
         print(f"{directory}: {split}: {', '.join(counts)}")
 
 
@@ -141,7 +150,9 @@ def prepare(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory, a hub name, or a run directory.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
-    to: Annotated[str, typer.Option(help="hf: config.json and safetensors; orbax: parameters as an Orbax checkpoint.")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="hf: config.json and safetensors; orbax: parameters as an Orbax checkpoint.")
+    ] = "hf",
     step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; default the newest.")] = None,
 ) -> None:
     """Convert weights between Hugging Face directories, Orbax, and the checkpoints of a run."""
@@ -179,7 +190,9 @@ def doctor() -> None:
     print(f"devices: {', '.join(f'{device.device_kind} ({device.platform})' for device in jax.devices())}")
     print(f"process {jax.process_index()} of {jax.process_count()}")
     print(f"Hugging Face cache: {constants.HF_HUB_CACHE}")
-    print(f"compilation cache: {jax.config.jax_compilation_cache_dir or 'off (set JAX_COMPILATION_CACHE_DIR)'}")
+    print(
+        f"compilation cache: {jax.config.values['jax_compilation_cache_dir'] or 'off (set JAX_COMPILATION_CACHE_DIR)'}"
+    )
 
 
 def _note(share: float, line: str) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from jaxptm.types import JaxptmError
+from jaxptm.errors import JaxptmError
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -46,7 +46,7 @@ class TextData(Config):
     """Whether a vocabulary trained here, or read from a bare `vocab.txt`, folds case and strips accents."""
     sequence_length: Annotated[int, Field(ge=8)] = 128
     format: Literal["pairs", "packed"] = "pairs"
-    """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one. `packed`: whole sentences up to the length."""
+    """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one. `packed`: rows full of sentences."""
     short_probability: Share = 0.1
     """Share of the pairs that aim for a random shorter length (BERT: 0.1)."""
     separate_documents: bool = False
@@ -136,7 +136,7 @@ class TrainConfig(Config):
     """A whole training run."""
 
     model: str | dict[str, Any]
-    """A preset (`bert-base`), a directory or hub name whose config is taken, or fields: `{preset: ..., field: value}`."""
+    """A preset (`bert-base`), a directory or hub name whose config is taken, or `{preset: ..., field: value}`."""
     objective: ObjectiveConfig
     data: TextData
     optimizer: OptimizerConfig

@@ -18,7 +18,6 @@ from jaxptm.run import Run, open_run
 from jaxptm.step import make_evaluate, total
 from jaxptm.types import JaxptmError, Params
 
-
 EVALUATION = 2
 """Stream of the seed that draws the masks of an evaluation; training uses 0 (parameters) and 1 (steps)."""
 

@@ -107,7 +107,9 @@ class FillMask:
         vocabulary = self.model.tokenizer.get_vocab()
         unknown = [target for target in targets if target not in vocabulary]
         if unknown or not targets:
-            raise JaxptmError(f"targets: {', '.join(map(repr, unknown)) or 'none given'}: not single tokens of the vocabulary.")
+            raise JaxptmError(
+                f"targets: {', '.join(map(repr, unknown)) or 'none given'}: not single tokens of the vocabulary."
+            )
         return np.array(list(dict.fromkeys(vocabulary[target] for target in targets)))
 
 

@@ -23,7 +23,7 @@ from jaxptm.models import FAMILIES, PRESETS, Family
 from jaxptm.models.params import abstract_params, flatten, initialise, unflatten, unstacked
 from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextConfig, TextModel
-from jaxptm.types import Array, JaxptmError, Params
+from jaxptm.types import JaxptmError, Params
 
 log = logging.getLogger("jaxptm")
 
@@ -127,7 +127,9 @@ class Model:
             if array.dtype.kind not in "iub":
                 raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
             if array.size and not 0 <= array.min() <= array.max() < limits[name]:
-                raise JaxptmError(f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}.")
+                raise JaxptmError(
+                    f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}."
+                )
         if "position_ids" not in arrays and ids.shape[-1] > self.config.max_position_embeddings:
             raise JaxptmError(
                 f"the input is {ids.shape[-1]} tokens long, the model takes {self.config.max_position_embeddings}; "
@@ -219,7 +221,7 @@ def from_pretrained(
         task = _declared_task(family, hf_config, directory)
     if task not in family.architectures:
         tasks = ", ".join(str(name) for name in family.architectures)
-        raise JaxptmError(f"{family.model_type} has no head for the task {task!r}; it has {tasks} (or \"auto\").")
+        raise JaxptmError(f'{family.model_type} has no head for the task {task!r}; it has {tasks} (or "auto").')
     config = read_config(family, hf_config, directory)
     if task == "question-answering":
         num_labels = 2  # start and end; transformers sizes this head, too, by the number of labels
@@ -238,9 +240,7 @@ def from_pretrained(
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
     known = {name for other in family.architectures for name in family.table(config, other).names}
     heads = [name for name in {path.split("/")[0] for path in shapes} if name not in ("embeddings", "encoder")]
-    loaded = weights.load(
-        family.table(config, task), tensors, shapes, source=str(directory), heads=heads, known=known
-    )
+    loaded = weights.load(family.table(config, task), tensors, shapes, source=str(directory), heads=heads, known=known)
     flat: dict[str, Any] = dict(loaded.params)
     if loaded.absent:
         log.warning("%s has no %s: initialised at random, to be trained.", directory, ", ".join(loaded.absent))
@@ -298,7 +298,9 @@ def model_config(model: str | Mapping[str, Any], vocab_size: int) -> tuple[Famil
         fields = {"vocab_size": vocab_size, **fields}
     config = validate(family.config, fields, "model")
     if config.vocab_size < vocab_size:
-        raise JaxptmError(f"model.vocab_size: {config.vocab_size} is too small for the tokenizer's {vocab_size} entries.")
+        raise JaxptmError(
+            f"model.vocab_size: {config.vocab_size} is too small for the tokenizer's {vocab_size} entries."
+        )
     return family, config
 
 

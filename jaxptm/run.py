@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxptm.config import TextData, TrainConfig, dump_config, load_config
-from jaxptm.data.corpus import Corpus, Progress, prepare
+from jaxptm.data.corpus import Corpus
+from jaxptm.data.prepare import Progress, prepare
 from jaxptm.data.text import PackedSentences, SentencePairs
 from jaxptm.data.tokenizer import load_tokenizer, special_tokens
 from jaxptm.nn.core import Execution
@@ -49,9 +50,7 @@ class Run:
     steps: int
 
 
-def open_run(
-    config: TrainConfig, module: TextModel | None = None, progress: Progress | None = None
-) -> Run:
+def open_run(config: TrainConfig, module: TextModel | None = None, progress: Progress | None = None) -> Run:
     """Prepares the corpus where that has not been done, and opens everything that `config` names.
 
     Args:
@@ -114,7 +113,7 @@ def make_module(config: TrainConfig, vocab_size: int) -> TextModel:
 
 
 def prepared_directory(config: TrainConfig) -> Path:
-    """Where the token shards of `config` lie: `data.prepared`, or beside the run under a name made from the data keys."""
+    """Where the token shards lie: `data.prepared`, or beside the run under a name made from the data keys."""
     if config.data.prepared is not None:
         return Path(config.data.prepared)
     return Path(config.out).parent / "prepared" / _fingerprint(config.data)

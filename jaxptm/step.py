@@ -36,9 +36,7 @@ def make_update(objective: Objective, optimizer: optax.GradientTransformation, k
     return update
 
 
-def gradients(
-    objective: Objective, params: Params, batch: Batch, keys: Array, accumulate: int
-) -> tuple[Params, Means]:
+def gradients(objective: Objective, params: Params, batch: Batch, keys: Array, accumulate: int) -> tuple[Params, Means]:
     """The gradient of the loss over the whole batch, and the batch's means with `loss` among them."""
 
     def value(params: Params, batch: Batch, keys: Array, weights: dict[str, Array] | None) -> tuple[Array, Means]:
@@ -57,9 +55,7 @@ def gradients(
         grads, means = gradient(params, batch, keys, None)
     else:
         # Strided, so that with the rows spread over devices every microbatch is spread as well.
-        micro = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys)
-        )
+        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys))
         weights = jax.tree.map(jnp.sum, jax.lax.map(lambda part: weights_of(*part), micro))
 
         def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:

@@ -141,7 +141,9 @@ def restore_model(directory: Path, step: int | None = None) -> Model:
     with Checkpoints(directory / "checkpoints", config.train.keep) as checkpoints:
         restored = checkpoints.restore(like, step)
     if restored is None:
-        raise JaxptmError(f"{directory / 'checkpoints'}: holds no checkpoint{'' if step is None else f' of step {step}'}.")
+        raise JaxptmError(
+            f"{directory / 'checkpoints'}: holds no checkpoint{'' if step is None else f' of step {step}'}."
+        )
     return Model(family_of(module.config), module.config, module.task, module, restored[0].params, tokenizer_directory)
 
 
@@ -190,7 +192,7 @@ class _Window:
             for name in ("loss", "grad_norm"):
                 if not np.isfinite(means[name].total):
                     raise JaxptmError(
-                        f"step {self._step}: the {name} is {means[name].total}. Checkpoints of earlier steps are kept in "
+                        f"step {self._step}: the {name} is {means[name].total}. Earlier checkpoints are kept in "
                         f"{self._run.directory / 'checkpoints'}; lower optimizer.learning_rate, lengthen "
                         "optimizer.warmup or tighten optimizer.clip, and start in another `out`."
                     )
@@ -244,7 +246,9 @@ def _first_params(run: Run, key: Array) -> Params:
         if ours.get(path) != theirs.get(path)
     ]
     if wrong:
-        raise JaxptmError("\n  ".join([f"init_from: {source} does not fit `model`, which may name the same path:", *wrong]))
+        raise JaxptmError(
+            "\n  ".join([f"init_from: {source} does not fit `model`, which may name the same path:", *wrong])
+        )
     return stacked(model.params) if module.execution.scan else model.params
 
 
@@ -273,7 +277,18 @@ def _results(run: Run, params: Params, mesh: Mesh, seconds: float) -> dict[str, 
         values = [line[name] for line in lines if name in line]
         return statistics.median(values) if values else None
 
-    packages = ("jaxptm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy")
+    packages = (
+        "jaxptm",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "transformers",
+        "tokenizers",
+        "numpy",
+    )
     return {
         "finished": True,
         "step": run.steps,

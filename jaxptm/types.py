@@ -48,7 +48,7 @@ Means = dict[str, Mean]
 
 
 class TrainState(NamedTuple):
-    """Everything a training step changes. The data position is `step` itself: batches are a function of (seed, step)."""
+    """All that a training step changes. The data position is `step`: batches are a function of (seed, step)."""
 
     step: Array
     params: Params

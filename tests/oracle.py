@@ -59,13 +59,13 @@ def inputs(
 ) -> dict[str, np.ndarray]:
     """Random ids: one row whole, one padded, one all padding; position ids that are not 0, 1, ..."""
     rng = np.random.default_rng(seed)
-    shape = (rows, 3, length) if task == "multiple-choice" else (rows, length)
-    mask = np.ones(shape, np.int64)
-    mask[1, ..., length // 2 :] = 0
+    shape = (rows // 2, 2, length) if task == "multiple-choice" else (rows, length)
+    mask = np.ones((rows, length), np.int64)
+    mask[1, length // 2 :] = 0
     mask[2] = 0
     return {
         "input_ids": rng.integers(0, config.vocab_size, shape),
-        "attention_mask": mask,
+        "attention_mask": mask.reshape(shape),
         "token_type_ids": rng.integers(0, config.type_vocab_size, shape),
         "position_ids": rng.integers(0, config.max_position_embeddings, shape),
     }

@@ -75,7 +75,12 @@ def test_predict_prints_a_table_or_json_lines(model: Path) -> None:
     assert status == 0
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["input"] for record in records] == ["a [MASK]", "the [MASK] sat"]
-    assert len(records[0]["output"]) == 5 and records[0]["output"][0].keys() == {"score", "token", "token_str", "sequence"}
+    assert len(records[0]["output"]) == 5 and records[0]["output"][0].keys() == {
+        "score",
+        "token",
+        "token_str",
+        "sequence",
+    }
 
 
 def test_convert_there_and_back_is_exact(model: Path, tmp_path: Path) -> None:

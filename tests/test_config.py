@@ -37,7 +37,10 @@ def test_each_config_holds_together(path: Path) -> None:
     assert config.data.sequence_length <= model.max_position_embeddings
     assert config.train.steps is not None
     peak = config.optimizer.learning_rate
-    rates = [float(schedule(config.optimizer, config.train.steps)(step)) for step in (0, config.train.steps // 10, config.train.steps)]
+    rates = [
+        float(schedule(config.optimizer, config.train.steps)(step))
+        for step in (0, config.train.steps // 10, config.train.steps)
+    ]
     assert rates[0] == 0 and 0 < rates[1] <= peak * (1 + 1e-6) and rates[2] < 1e-8
     story = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in story.splitlines())
@@ -53,14 +56,21 @@ def test_the_configs_that_must_exist_do() -> None:
 
 def test_bert_base_is_the_paper_s_recipe() -> None:
     config = load_config(ROOT / "configs/pretrain/bert_base.yaml")
-    assert (config.optimizer.name, config.optimizer.learning_rate, config.optimizer.warmup) == ("bert_adam", 1e-4, 10_000)
+    assert (config.optimizer.name, config.optimizer.learning_rate, config.optimizer.warmup) == (
+        "bert_adam",
+        1e-4,
+        10_000,
+    )
     assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.epsilon) == (0.9, 0.999, 1e-6)
     assert (config.optimizer.weight_decay, config.optimizer.clip, config.train.batch_size) == (0.01, 1.0, 256)
     assert config.optimizer.schedule == "bert_linear" and config.objective.max_predictions == 20
 
 
 def test_defaults_and_overrides(small: Path) -> None:
-    config = load_config(small, ["train.steps=20", "data.files=[a.txt, b.txt]", "optimizer.learning_rate=3e-5", "model={preset: bert-mini}"])
+    config = load_config(
+        small,
+        ["train.steps=20", "data.files=[a.txt, b.txt]", "optimizer.learning_rate=3e-5", "model={preset: bert-mini}"],
+    )
     assert config.out == "runs/small"
     assert config.train.steps == 20 and config.data.files == ["a.txt", "b.txt"]
     assert config.optimizer.learning_rate == 3e-5  # YAML 1.1 would read a string
@@ -150,7 +160,12 @@ def test_a_file_that_is_no_config(tmp_path: Path, content: bytes | None, message
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.steps", "write it as key.key=value"), ("=3", "write it as"), ("model.x=1", "`model` holds the value"), ("train.steps=[1", "is not YAML")],
+    [
+        ("train.steps", "write it as key.key=value"),
+        ("=3", "write it as"),
+        ("model.x=1", "`model` holds the value"),
+        ("train.steps=[1", "is not YAML"),
+    ],
 )
 def test_a_malformed_override(small: Path, override: str, message: str) -> None:
     with pytest.raises(JaxptmError, match=message):
@@ -159,5 +174,5 @@ def test_a_malformed_override(small: Path, override: str, message: str) -> None:
 
 def test_parts_are_checked_alone() -> None:
     assert validate(TextData, {"files": "a.txt", "tokenizer": "b"}, "here").sequence_length == 128
-    with pytest.raises(JaxptmError, match="here: 1 value.*\n  files: .* valid string, not 3 or .* valid list, not 3"):
+    with pytest.raises(JaxptmError, match=r"here: 1 value.*\n  files: .* valid string, not 3 or .* valid list, not 3"):
         validate(TextData, {"files": 3, "tokenizer": "b"}, "here")

@@ -14,13 +14,20 @@ import jaxptm
 from jaxptm.data.tokenizer import train_wordpiece
 from jaxptm.types import JaxptmError
 
-TEXTS = ["The cat [MASK] on the mat.", "[MASK] dog sat on a log, and the other dog slept under the old log all day long."]
+TEXTS = [
+    "The cat [MASK] on the mat.",
+    "[MASK] dog sat on a log, and the other dog slept under the old log all day long.",
+]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     directory = tmp_path_factory.mktemp("model")
-    sentences = ["The cat sat on the mat.", "A dog sat on a log.", "The other dog slept under the old log all day long, and"]
+    sentences = [
+        "The cat sat on the mat.",
+        "A dog sat on a log.",
+        "The other dog slept under the old log all day long, and",
+    ]
     tokenizer = train_wordpiece(sentences * 4, 120)
     perturbed("BertForMaskedLM", noise=0.3, **{**SMALL, "vocab_size": len(tokenizer)}).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -32,7 +39,9 @@ def assert_same(ours: Any, theirs: Any) -> None:
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys()
         assert ours["score"] == pytest.approx(theirs["score"], abs=2e-6)
-        assert {key: ours[key] for key in ours if key != "score"} == {key: theirs[key] for key in theirs if key != "score"}
+        assert {key: ours[key] for key in ours if key != "score"} == {
+            key: theirs[key] for key in theirs if key != "score"
+        }
     else:
         assert len(ours) == len(theirs)
         for mine, other in zip(ours, theirs, strict=True):

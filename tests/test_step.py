@@ -166,7 +166,9 @@ def test_devices_change_nothing(small: tuple[torch.nn.Module, Model]) -> None:
     keys = row_keys(jax.random.key(0), 5, 8)
     run = jax.jit(lambda batch: gradients(objective_of(ours), ours.params, batch, keys, 1))
     alone, means = run(batch)
-    mesh = jax.make_mesh((4, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (4, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4]
+    )
     spread, spread_means = run(jax.device_put(batch, split_rows(mesh)))
     assert float(means["loss"].total) == pytest.approx(float(spread_means["loss"].total), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, np.asarray(b), atol=2e-6), alone, spread)

@@ -70,7 +70,14 @@ def config_of(home: Path, out: str, **changes: Any) -> TrainConfig:
             "sequence_length": 32,
         },
         "optimizer": {"name": "adamw", "learning_rate": 2e-3, "schedule": "linear", "warmup": 4},
-        "train": {"steps": STEPS, "batch_size": 8, "log_every": 6, "eval_every": 12, "eval_batches": 2, "checkpoint_every": 5},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 8,
+            "log_every": 6,
+            "eval_every": 12,
+            "eval_batches": 2,
+            "checkpoint_every": 5,
+        },
         "parallel": {"data": 1},
         "out": str(home / out),
     }
@@ -134,7 +141,7 @@ def test_a_run_leaves_everything_behind(finished: tuple[TrainConfig, dict[str, A
     assert {"jax", "jaxptm", "transformers"} <= results["versions"].keys()
     assert results["devices"] == ["cpu"]  # of the eight that there are
     assert results["config"]["optimizer"]["learning_rate"] == 2e-3
-    assert 0 < results["utilisation"] and 0 < results["tokens_per_second"]
+    assert results["utilisation"] > 0 and results["tokens_per_second"] > 0
     assert load_config(out / "config.yaml") == config
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((out / "tensorboard").iterdir())
@@ -198,7 +205,10 @@ def test_kill_9_and_resume_end_with_the_same_bits(home: Path, finished: tuple[Tr
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(
-    home: Path, finished: tuple[TrainConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path,
+    finished: tuple[TrainConfig, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = config_of(home, "damaged")
     with monkeypatch.context() as patch:
@@ -213,7 +223,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
     assert_equal_to_the_bit(config, finished[0])
 
 
-def test_reporting_may_change_on_resume_and_nothing_else(home: Path, finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+def test_reporting_may_change_on_resume_and_nothing_else(
+    home: Path, finished: tuple[TrainConfig, dict[str, Any]]
+) -> None:
     config_of(home, "whole", train__log_every=3)
     assert train(load_config(home / "whole.yaml"))["finished"]
     before = (home / "whole/config.yaml").read_text()

@@ -50,7 +50,9 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
         return path
     except Exception as error:  # huggingface_hub and the HTTP library under it raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise JaxptmError(f"{name}: no such directory here, and the Hugging Face hub did not give it: {reason}") from error
+        raise JaxptmError(
+            f"{name}: no such directory here, and the Hugging Face hub did not give it: {reason}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,7 +86,9 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = {}
         for shard in sorted(set(shards.values())):
             if not (directory / shard).exists():
-                raise JaxptmError(f"{file}: names the shard {shard}, which is not there; download the checkpoint again.")
+                raise JaxptmError(
+                    f"{file}: names the shard {shard}, which is not there; download the checkpoint again."
+                )
             tensors.update(_read_file(directory / shard))
         lost = sorted(set(shards) - set(tensors))
         if lost:

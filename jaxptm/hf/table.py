@@ -82,7 +82,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load` found: our flat parameters, the top-level modules that the source has nothing of, the dead tensors."""
+    """What `load` found: our flat parameters, the top-level modules that the source lacks, the dead tensors."""
 
     params: dict[str, np.ndarray]
     absent: list[str]
@@ -129,9 +129,9 @@ def load(
     for name, original in table.tied.items():
         if name in tensors and original in tensors and not np.array_equal(tensors[name], tensors[original]):
             problems.append(f"untied     {name} differs from {original}, though config.json says they are tied")
-    for name in sorted(set(tensors) - table.names - known):
-        if not any(re.search(pattern, name) for pattern in table.ignored):
-            problems.append(f"unexpected {name} {list(tensors[name].shape)}")
+    unexpected = sorted(set(tensors) - table.names - known)
+    unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in table.ignored)]
+    problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in unexpected]
     if problems:
         raise JaxptmError("\n  ".join([f"{source}: {len(problems)} weight(s) do not fit the model:", *problems]))
     return Loaded(params, absent, {name: tensors[name] for name in table.dead if name in tensors})

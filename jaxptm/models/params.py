@@ -31,7 +31,7 @@ def _init(module: TextModel, key: Array) -> Params:
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """"/"-joined paths, one entry a layer even where the layers are stacked."""
+    """Paths joined by "/", one entry a layer even where the layers are stacked."""
     return flatten_dict(unstacked(params), sep="/")
 
 

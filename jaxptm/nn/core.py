@@ -55,7 +55,8 @@ class TransformerConfig(Config):
     def _check(self) -> TransformerConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"`hidden_size` {self.hidden_size} is not a multiple of `num_attention_heads` {self.num_attention_heads}"
+                f"`hidden_size` {self.hidden_size} is not a multiple of "
+                f"`num_attention_heads` {self.num_attention_heads}"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"`hidden_act` {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -234,7 +235,7 @@ def layer_norm(config: TransformerConfig, execution: Execution, name: str | None
 
 
 def stack_layers(params: Params) -> Params:
-    """`layer_0`, `layer_1`, ... of an encoder's parameters -> one `layers` with a leading axis, as `scan` wants them."""
+    """`layer_0`, `layer_1`, ... of an encoder's parameters -> one `layers` with a leading axis, for `scan`."""
     rest = {key: value for key, value in params.items() if not key.startswith("layer_")}
     layers = [params[f"layer_{index}"] for index in range(len(params) - len(rest))]
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}

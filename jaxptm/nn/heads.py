@@ -38,10 +38,10 @@ class MlmHead(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,), self.execution.param_dtype)
         if table is None:
             init = nn.initializers.truncated_normal(self.config.initializer_range)
-            table = self.param("embedding", init, (self.vocab_size, self.config.hidden_size), self.execution.param_dtype)
-        logits = jnp.einsum(
-            "...d,vd->...v", x, table.astype(self.execution.dtype), preferred_element_type=jnp.float32
-        )
+            table = self.param(
+                "embedding", init, (self.vocab_size, self.config.hidden_size), self.execution.param_dtype
+            )
+        logits = jnp.einsum("...d,vd->...v", x, table.astype(self.execution.dtype), preferred_element_type=jnp.float32)
         return logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
 
 

@@ -68,7 +68,12 @@ class TextEmbeddings(nn.Module):
         return self.token.embedding
 
     def __call__(
-        self, input_ids: Int[Array, "B L"], token_type_ids: Int[Array, "B L"], position_ids: Int[Array, "#B L"], *, train: bool
+        self,
+        input_ids: Int[Array, "B L"],
+        token_type_ids: Int[Array, "B L"],
+        position_ids: Int[Array, "#B L"],
+        *,
+        train: bool,
     ) -> Float[Array, "B L D"]:
         x = self.token(input_ids) + self.token_type(token_type_ids) + self.position(position_ids)
         return self.dropout(self.norm(x), deterministic=not train)

@@ -1,4 +1,4 @@
-"""Masked language modelling, alone (RoBERTa) or with next-sentence prediction (BERT, Devlin et al. 2019, section 3.1)."""
+"""Masked language modelling, alone (RoBERTa) or with next-sentence prediction (Devlin et al. 2019, section 3.1)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def masked_language_model(
 
     def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
         mask_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
-        ids, real = batch["input_ids"], batch["attention_mask"].astype(bool)
+        arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
+        ids, real = arrays["input_ids"], arrays["attention_mask"].astype(bool)
         masked = mask_tokens(
             mask_keys,
             ids,
@@ -47,9 +47,9 @@ def masked_language_model(
         out = module.apply(
             {"params": params},
             masked.input_ids,
-            attention_mask=batch["attention_mask"],
-            token_type_ids=batch.get("token_type_ids"),
-            segment_ids=batch.get("segment_ids"),
+            attention_mask=arrays["attention_mask"],
+            token_type_ids=arrays.get("token_type_ids"),
+            segment_ids=arrays.get("segment_ids"),
             mlm_positions=masked.positions,
             train=train,
             rngs={"dropout": dropout_keys[0]},
@@ -62,7 +62,7 @@ def masked_language_model(
         }
         if module.task == "pretraining":
             rows = real.any(axis=1).astype(jnp.float32)
-            labels = batch["next_sentence_label"]
+            labels = arrays["next_sentence_label"]
             terms["nsp_loss"] = cross_entropy(out["seq_relationship_logits"], labels, rows)
             scores["nsp_accuracy"] = accuracy(out["seq_relationship_logits"], labels, rows)
         return terms, scores

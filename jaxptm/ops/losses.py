@@ -23,5 +23,10 @@ def cross_entropy(
 
 
 def accuracy(logits: Float[Array, "*batch V"], labels: Int[Array, "*batch"], weights: Float[Array, "*batch"]) -> Mean:
-    """Share of the items whose largest logit is the label's."""
-    return Mean.of(jnp.argmax(logits, axis=-1) == labels, weights)
+    """Share of the items whose label has the largest logit; a tie counts.
+
+    By the maximum, which XLA vectorises on CPU, and not by the argmax, which it does not.
+    """
+    inside = (labels >= 0) & (labels < logits.shape[-1])
+    label = jnp.take_along_axis(logits, jnp.where(inside, labels, 0)[..., None], axis=-1)[..., 0]
+    return Mean.of(inside & (label >= logits.max(axis=-1)), weights)

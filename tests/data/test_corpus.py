@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxptm.config import TextData
-from jaxptm.data import corpus as corpus_module
-from jaxptm.data.corpus import Corpus, Manifest, prepare, split_sentences
+from jaxptm.data import prepare as preparing
+from jaxptm.data.corpus import Corpus, Manifest
+from jaxptm.data.prepare import prepare, split_sentences
 from jaxptm.data.tokenizer import load_tokenizer, tokenizer_hash, train_wordpiece
 from jaxptm.errors import JaxptmError
 
@@ -161,7 +162,7 @@ def test_a_complete_directory_is_left_alone(
 ) -> None:
     data = TextData(files=str(files), tokenizer=str(tokenizer))
     first = prepare(data, tmp_path / "prepared")
-    monkeypatch.setattr(corpus_module, "load_tokenizer", lambda *args: pytest.fail("nothing is there to be done"))
+    monkeypatch.setattr(preparing, "load_tokenizer", lambda *args: pytest.fail("nothing is there to be done"))
     assert prepare(data, tmp_path / "prepared") == first == Manifest.load(tmp_path / "prepared")
     shutil.rmtree(files)
     assert prepare(data, tmp_path / "prepared") == first, "shards serve without their sources"
@@ -184,9 +185,9 @@ def test_an_interrupted_preparation_goes_on_where_it_was(
     (directory / "shards" / f"{names[1]}.tmp" / "record.json").unlink()
     (directory / "shards" / names[2] / "tokens.npy").write_bytes(b"cut")
     done: list[str] = []
-    write = corpus_module._ShardWriter._write_arrays
+    write = preparing._ShardWriter._write_arrays
     monkeypatch.setattr(
-        corpus_module._ShardWriter,
+        preparing._ShardWriter,
         "_write_arrays",
         lambda self, path, source, encoder: done.append(Path(source.name).name) or write(self, path, source, encoder),
     )
@@ -219,7 +220,7 @@ def test_a_killed_process_loses_nothing(tokenizer: Path, tmp_path: Path) -> None
     for number in range(40):
         write_text(text / f"{number:02}.txt", DOCUMENTS * 4)
     data = TextData(files=str(text), tokenizer=str(tokenizer))
-    script = "import sys; from jaxptm.config import TextData; from jaxptm.data.corpus import prepare; "
+    script = "import sys; from jaxptm.config import TextData; from jaxptm.data.prepare import prepare; "
     script += f"prepare(TextData(files={str(text)!r}, tokenizer={str(tokenizer)!r}), sys.argv[1], workers=1)"
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "killed")])
     deadline = time.monotonic() + 60
@@ -294,15 +295,15 @@ def test_a_full_disk_keeps_finished_shards(
     directory = tmp_path / "prepared"
     calls = []
 
-    def write(self: corpus_module._NpyFile, values: np.ndarray) -> None:
+    def write(self: preparing._NpyFile, values: np.ndarray) -> None:
         calls.append(len(values))
         if len(calls) == 10:  # in the second shard
             raise OSError(errno.ENOSPC, "No space left on device")
         whole(self, values)
 
-    whole = corpus_module._NpyFile.write
+    whole = preparing._NpyFile.write
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module._NpyFile, "write", write)
+        patch.setattr(preparing._NpyFile, "write", write)
         with pytest.raises(JaxptmError, match=r"the disk is full. Finished shards are kept: free some space"):
             prepare(data, directory)
     assert len(list((directory / "shards").iterdir())) == 1

@@ -97,7 +97,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_target_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(JaxptmError, match="the model cannot be written: .*taken"):
+    with pytest.raises(JaxptmError, match=r"the model cannot be written: .*taken"):
         files.write_model(tmp_path / "taken", {}, TENSORS)
 
 

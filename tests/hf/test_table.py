@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from jaxptm.errors import JaxptmError
 from jaxptm.hf.table import KEEP, TRANSPOSE, Loaded, Row, Table, dense, load, norm, save, split
 
-
 ROWS = st.lists(
     st.tuples(
         st.sampled_from(["keep", "transpose", "split"]),

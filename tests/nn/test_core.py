@@ -35,6 +35,10 @@ CONFIG = TransformerConfig(
 NORMS = ("post", "pre")
 
 
+def key(seed: int) -> Any:
+    return jax.random.key(seed, impl="rbg")  # compiles in half the time of threefry
+
+
 def hidden_input(seed: int = 0) -> Any:
     return jnp.asarray(np.random.default_rng(seed).normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32)
 
@@ -131,9 +135,8 @@ def test_no_query_sees_the_future_through_a_causal_mask() -> None:
         ("post", Execution(remat=True)),
         ("pre", Execution(scan=True)),
         ("post", Execution(scan=True, remat=True)),
-        ("pre", Execution(scan=True, remat=True)),
     ],
-    ids=["post-remat", "pre-scan", "post-scan-remat", "pre-scan-remat"],
+    ids=["post-remat", "pre-scan", "post-scan-remat"],
 )
 def test_scan_and_remat_change_nothing(norm: str, execution: Execution) -> None:
     config = CONFIG.model_copy(update={"norm": norm})
@@ -157,35 +160,35 @@ def test_scan_and_remat_change_nothing(norm: str, execution: Execution) -> None:
     assert any(name.startswith(("remat", "checkpoint")) for name in operations) == execution.remat
 
 
-def test_hidden_states_are_there_on_request() -> None:
-    for scan in (False, True):
-        params = stack_layers(random_params(CONFIG)) if scan else random_params(CONFIG)
-        run = lambda params, wanted, execution=Execution(scan=scan): forward(  # noqa: E731
-            CONFIG, execution, params, hidden_input(), None, output_hidden_states=wanted
-        )
-        assert len(jax.eval_shape(lambda params: run(params, True), params)[1]) == LAYERS + 1
-        assert jax.eval_shape(lambda params: run(params, False), params)[1] == ()
+@pytest.mark.parametrize(("wanted", "count"), [(True, LAYERS + 1), (False, 0)])
+@pytest.mark.parametrize("scan", [False, True])
+def test_hidden_states_are_there_on_request(scan: bool, wanted: bool, count: int) -> None:
+    def run(params: Params) -> Any:
+        stacked = stack_layers(params) if scan else params
+        return forward(CONFIG, Execution(scan=scan), stacked, hidden_input(), None, output_hidden_states=wanted)
+
+    out, states = jax.eval_shape(run, random_params(CONFIG))
+    assert [state.shape for state in (out, *states)] == [(BATCH, LENGTH, WIDTH)] * (1 + count)
 
 
-@settings(max_examples=20, deadline=None)  # each new shape is compiled
-@given(
-    layers=st.integers(1, 12),
-    shapes=st.lists(st.lists(st.integers(1, 3), max_size=2), min_size=1, max_size=3),
-    rest=st.booleans(),
-)
-def test_stacked_layers_are_unstacked(layers: int, shapes: list[list[int]], rest: bool) -> None:
+@settings(max_examples=12, deadline=None)  # each number of layers is compiled
+@given(layers=st.integers(1, 12), rest=st.booleans())
+def test_stacked_layers_are_unstacked(layers: int, rest: bool) -> None:
+    shapes = [(), (3, 2)]
     params: Params = {
-        f"layer_{index}": {"part": {f"leaf_{i}": jnp.full(shape, 100.0 * index + i) for i, shape in enumerate(shapes)}}
+        f"layer_{index}": {
+            "part": {f"leaf_{i}": np.full(shape, 100 * index + i, np.float32) for i, shape in enumerate(shapes)}
+        }
         for index in range(layers)
     }
     if rest:
-        params["norm"] = {"scale": jnp.ones(2)}
+        params["norm"] = {"scale": np.ones(2, np.float32)}
     stacked = stack_layers(params)
     assert set(stacked) == {"layers"} | ({"norm"} if rest else set())
     for i, shape in enumerate(shapes):
         leaf = stacked["layers"]["part"][f"leaf_{i}"]
         assert leaf.shape == (layers, *shape)
-        np.testing.assert_array_equal(leaf.reshape(layers, -1)[:, 0], 100.0 * np.arange(layers) + i)
+        np.testing.assert_array_equal(np.asarray(leaf).reshape(layers, -1)[:, 0], 100 * np.arange(layers) + i)
     again = unstack_layers(stacked)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -207,8 +210,8 @@ def test_dropout_differs_by_key_and_is_off_in_evaluation() -> None:
         none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config, plain = (CONFIG.model_copy(update=none | update) for update in (rates, {}))
 
-        def train(key: int, config: TransformerConfig = config) -> Any:
-            return forward(config, Execution(), params, x, None, train=True, rngs={"dropout": jax.random.key(key)})[0]
+        def train(seed: int, config: TransformerConfig = config) -> Any:
+            return forward(config, Execution(), params, x, None, train=True, rngs={"dropout": key(seed)})[0]
 
         one, same, other = train(0), train(0), train(1)
         np.testing.assert_array_equal(one, same)
@@ -225,8 +228,8 @@ def test_scanned_layers_drop_different_elements() -> None:
     params["layers"]["mlp"]["down"]["bias"] += 0.5
     params["norm"]["scale"] += 1.0
     x = jnp.zeros((BATCH, LENGTH, WIDTH))
-    options = {"train": True, "rngs": {"dropout": jax.random.key(0)}}
-    _, states = forward(config, Execution(scan=True), params, x, None, **options)
+    options = {"train": True, "rngs": {"dropout": key(0)}}
+    _, states = jax.jit(lambda params: forward(config, Execution(scan=True), params, x, None, **options))(params)
     assert set(np.unique(states[1])) == {0.0, 1.0}
     # The last state is normalised, so that each token has its own three values.
     assert {len(np.unique(np.round(np.asarray(token), 3))) for token in states[2].reshape(-1, WIDTH)} == {3}
@@ -235,7 +238,7 @@ def test_scanned_layers_drop_different_elements() -> None:
 def test_dropout_preserves_the_mean() -> None:
     config = CONFIG.model_copy(update={"attention_probs_dropout_prob": 0.4})
     params, x = random_params(config)["layer_0"]["attention"], hidden_input()[:1]
-    keys = jax.random.split(jax.random.key(0), 4000)
+    keys = jax.random.split(key(0), 4000)
 
     def attend(key: Any) -> Any:
         return Attention(config, Execution(), True).apply({"params": params}, x, None, rngs={"dropout": key})
@@ -249,7 +252,7 @@ def test_dropout_preserves_the_mean() -> None:
 
 def test_initial_parameters() -> None:
     config = BertConfig(**{**oracle.SIZES, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 300})
-    params = initialise(TextModel(config, "pretraining", Execution(scan=True)), jax.random.key(0))
+    params = initialise(TextModel(config, "pretraining", Execution(scan=True)), key(0))
     flat = {
         "/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)
     }

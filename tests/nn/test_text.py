@@ -117,7 +117,7 @@ def test_embedding_dropout_preserves_the_mean(params: Params) -> None:
     variables = {"params": params["embeddings"]}
     row, positions = ids(1, 6), jnp.arange(6)[None]
     expected = np.asarray(module.apply(variables, row, row * 0, positions, train=False))
-    keys = jax.random.split(jax.random.key(0), 4000)
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 4000)
     drop = jax.jit(
         jax.vmap(lambda key: module.apply(variables, row, row * 0, positions, train=True, rngs={"dropout": key}))
     )
@@ -150,11 +150,11 @@ def test_which_heads_have_dropout(task: str, rate: float, classifier_dropout: fl
         next(
             iter(
                 module.apply(
-                    {"params": params}, ids(*shape), train=True, rngs={"dropout": jax.random.key(key)}
+                    {"params": params}, ids(*shape), train=True, rngs={"dropout": jax.random.key(seed, impl="rbg")}
                 ).values()
             )
         )
-        for key in (0, 1)
+        for seed in (0, 1)
     )
     assert bool((one != other).any()) == expected
 
