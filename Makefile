@@ -14,6 +14,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 quickstart: $(VENV)/.run
 	$(BIN)/python experiments/quickstart/corpus.py runs/quickstart/corpus.txt
 	$(BIN)/jaxptm train configs/pretrain/quickstart.yaml
+	$(BIN)/jaxptm predict fill-mask runs/quickstart/model < experiments/quickstart/sentences.txt
+	@echo "The model is in runs/quickstart/model, its curves in runs/quickstart/curves.png, all figures in runs/quickstart/results.json"
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2

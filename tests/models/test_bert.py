@@ -84,13 +84,14 @@ def test_bfloat16_stays_near_and_its_logits_are_float32(tmp_path: Path) -> None:
         assert 1e-4 < np.sqrt(np.mean(error**2)) < 0.03 * np.std(value), name
 
 
-def test_norms_and_softmax_of_a_bfloat16_model_compute_in_float32() -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_norms_and_softmax_of_a_bfloat16_model_compute_in_float32(masked: bool) -> None:
     config = BertConfig(**oracle.SIZES)
     module = TextModel(config, "pretraining", Execution(jnp.bfloat16))
     ids = jnp.zeros((2, 8), jnp.int32)
     seen: dict[str, set[str]] = {}
     for operation in oracle.equations(
-        lambda params: module.apply({"params": params}, ids, ids), abstract_params(module)
+        lambda params: module.apply({"params": params}, ids, ids if masked else None), abstract_params(module)
     ):
         seen.setdefault(operation.primitive.name, set()).update(str(operand.aval.dtype) for operand in operation.invars)
     assert seen["exp"] == {"float32"}  # softmax
