@@ -75,6 +75,11 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
             f"data.sequence_length: {data.sequence_length} is more than the model's "
             f"{module.config.max_position_embeddings} positions (model.max_position_embeddings)."
         )
+    if data.format == "pairs" and module.config.type_vocab_size < 2:
+        raise JaxptmError(
+            f"model.type_vocab_size: {module.config.type_vocab_size} is too small for data.format: pairs, whose second "
+            "segment has token type 1."
+        )
     objective = masked_language_model(
         config.objective, module, vocabulary_tables(tokenizer), tokenizer.mask_token_id, data.sequence_length
     )

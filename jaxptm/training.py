@@ -136,6 +136,7 @@ def restore_model(directory: Path, step: int | None = None) -> Model:
     tokenizer_directory = prepared_directory(config) / "tokenizer"
     module = make_module(config, len(load_tokenizer(tokenizer_directory)))
     shapes = abstract_params(module)
+    # Only the form of its state is wanted, which the number of steps does not change.
     transform = optimizer(config.optimizer, 10**9, shapes)
     like = jax.eval_shape(lambda params: TrainState(jnp.zeros((), jnp.int32), params, transform.init(params)), shapes)
     with Checkpoints(directory / "checkpoints", config.train.keep) as checkpoints:
@@ -238,7 +239,7 @@ def _first_params(run: Run, key: Array) -> Params:
     model = from_pretrained(source, module.task, seed=run.config.train.seed)
     ours, theirs = (
         {path: leaf.shape for path, leaf in flatten(params).items()}
-        for params in (jax.eval_shape(run.objective.init, key), model.params)
+        for params in (jax.eval_shape(lambda key: unstacked(run.objective.init(key)), key), model.params)
     )
     wrong = [
         f"{path} {theirs.get(path)} there, {ours.get(path)} here"

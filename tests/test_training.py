@@ -300,6 +300,8 @@ def test_a_checkpoint_is_restored_as_a_model(finished: tuple[TrainConfig, dict[s
         ({"init_from": "/nowhere"}, "no such directory"),
         ({"optimizer__warmup": 100}, "optimizer.warmup is 100 steps"),
         ({"data__files": "/nowhere/*.txt"}, "/nowhere"),
+        ({"model__type_vocab_size": 1}, "model.type_vocab_size: 1 is too small for data.format: pairs"),
+        ({"data__tokenizer": "/nowhere/vocab.txt", "data__vocab_size": None}, "/nowhere/vocab.txt"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(home: Path, changes: dict[str, Any], message: str) -> None:

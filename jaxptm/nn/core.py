@@ -148,7 +148,7 @@ class Attention(Layer):
             self.dense(self.config.hidden_size, name)(x).reshape(*x.shape[:2], heads, width)
             for name in ("query", "key", "value")
         )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key).astype(jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key, preferred_element_type=jnp.float32)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = nn.softmax(scores).astype(self.execution.dtype)
