@@ -38,7 +38,9 @@ def main() -> None:
     params = run.objective.init(jax.random.key(0))
     transform = optimizer(config.optimizer, run.steps, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
-    update = jax.jit(make_update(run.objective, transform, jax.random.key(1), config.train.accumulate), donate_argnums=0)
+    update = jax.jit(
+        make_update(run.objective, transform, jax.random.key(1), config.train.accumulate), donate_argnums=0
+    )
     batch = jax.device_put(run.train.rows(range(rows)))
     state, _ = jax.block_until_ready(update(state, batch))
 

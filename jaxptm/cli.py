@@ -134,11 +134,13 @@ def prepare(
     """Turn the corpus of CONFIG into token shards. An interrupted run goes on where it stopped."""
     from jaxptm.config import load_config
     from jaxptm.data.prepare import prepare
+    from jaxptm.metrics import progress_lines
     from jaxptm.run import prepared_directory
 
     loaded = load_config(config, overrides or ())
     directory = prepared_directory(loaded)
-    manifest = prepare(loaded.data, directory, host=host, hosts=hosts, workers=workers, progress=_note)
+    report = progress_lines(lambda line: print(line, file=sys.stderr))
+    manifest = prepare(loaded.data, directory, host, hosts, workers, report)
     if manifest is None:
         print(f"{directory}: the shares of other hosts are still missing")
         return
@@ -197,10 +199,6 @@ def doctor() -> None:
     print(
         f"compilation cache: {jax.config.values['jax_compilation_cache_dir'] or 'off (set JAX_COMPILATION_CACHE_DIR)'}"
     )
-
-
-def _note(share: float, line: str) -> None:
-    print(f"{share:4.0%} {line}", file=sys.stderr)
 
 
 def _print_values(values: dict[str, float]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -183,6 +184,21 @@ class TrainingProgress:
     def print(self, message: str) -> None:
         """Prints a line above the bar."""
         self._console.print(message, markup=False)
+
+
+def progress_lines(emit: Callable[[str], None]) -> Callable[[float, str], None]:
+    """A callback (share done, message) that emits lines with the share and the time left."""
+    began, before = time.monotonic(), None
+
+    def report(share: float, message: str) -> None:
+        nonlocal began, before
+        if before is None:  # what an earlier run had done says nothing about the speed of this one
+            began, before = time.monotonic(), share
+        speed = (share - before) / max(time.monotonic() - began, 1e-9)
+        eta = f", ETA {_duration((1 - share) / speed)}" if speed > 0 and share < 1 else ""
+        emit(f"preparing {share:.0%}: {message}{eta}")
+
+    return report
 
 
 def _shown(metrics: Mapping[str, SupportsFloat]) -> list[str]:

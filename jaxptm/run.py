@@ -38,6 +38,7 @@ class Run:
         objective: what is learned, and by which module.
         train: examples by index, without end.
         held_out: examples by index for evaluation; None where nothing is held out.
+        corpus: names the prepared text by its content; a run goes on only with the same.
         steps: length of the run in optimizer steps.
     """
 
@@ -47,6 +48,7 @@ class Run:
     objective: Objective
     train: SentencePairs | PackedSentences
     held_out: SentencePairs | PackedSentences | None
+    corpus: str
     steps: int
 
 
@@ -62,7 +64,9 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
     """
     data = config.data
     prepared = prepared_directory(config)
-    prepare(data, prepared, progress=progress)
+    manifest = prepare(data, prepared, progress=progress)
+    if manifest is None:
+        raise JaxptmError(f"{prepared}: other hosts are still preparing their files; start again when they are done.")
     tokenizer_directory = prepared / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_directory)
     if tokenizer.mask_token_id is None:
@@ -106,6 +110,7 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
         objective=objective,
         train=source,
         held_out=None if held_out is None else examples(held_out, seed),
+        corpus=_hash([manifest.tokenizer, *((split, manifest.total("tokens", split)) for split in manifest.splits)]),
         steps=steps,
     )
 
@@ -125,14 +130,14 @@ def prepared_directory(config: TrainConfig) -> Path:
 
 
 def claim_directory(config: TrainConfig) -> None:
-    """Writes `config.yaml` into the run directory, or checks the one that is there.
+    """Writes `config.yaml` into the run directory, or checks the one that is there once something has been saved.
 
     Raises:
         JaxptmError: the directory belongs to another config; every key that differs is named.
     """
     directory = Path(config.out)
     path = directory / "config.yaml"
-    if path.exists():
+    if path.exists() and any((directory / "checkpoints").glob("[0-9]*")):
         theirs = _leaves(load_config(path).model_dump(mode="json"))
         ours = _leaves(config.model_dump(mode="json"))
         keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and key not in REPORTING | {"out"}]
@@ -150,6 +155,10 @@ def claim_directory(config: TrainConfig) -> None:
 def _fingerprint(data: TextData) -> str:
     keys = ("files", "eval_files", "text_field", "tokenizer", "vocab_size", "lowercase")
     content = {key: value for key, value in data.model_dump().items() if key in keys}
+    return _hash(content)
+
+
+def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxptm.checkpoint import Checkpoints
-from jaxptm.config import TrainConfig, load_config
+from jaxptm.config import TrainConfig, load_config, validate
 from jaxptm.data.batching import batches
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.evaluation import make_evaluator
-from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, read_metrics, write_results
+from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, progress_lines, read_metrics, write_results
 from jaxptm.models import family_of
 from jaxptm.models.params import abstract_params, flatten, stacked, unstacked
 from jaxptm.optim import decayed_leaves, optimizer, schedule
@@ -38,8 +38,8 @@ from jaxptm.types import Array, JaxptmError, Means, Params, TrainState
 log = logging.getLogger("jaxptm")
 
 
-def train(config: TrainConfig | str | Path) -> dict[str, Any]:
-    """Trains as `config` (or the YAML file that it names) says, in the run directory `config.out`.
+def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """Trains as `config` says (or the YAML file that it names, or its fields as a dict), in the directory `config.out`.
 
     A directory that holds checkpoints is resumed: the run ends with the parameters, bit for bit, of one that was never
     interrupted. SIGTERM and Ctrl-C save a checkpoint and return.
@@ -50,11 +50,13 @@ def train(config: TrainConfig | str | Path) -> dict[str, Any]:
     Raises:
         JaxptmError: anything that the user can mend; what was saved before stays.
     """
-    if not isinstance(config, TrainConfig):
+    if isinstance(config, Mapping):
+        config = validate(TrainConfig, dict(config), "config")
+    elif not isinstance(config, TrainConfig):
         config = load_config(config)
     claim_directory(config)
     loop, mesh = config.train, make_mesh(config.parallel, config.train)
-    run = open_run(config, progress=lambda share, line: log.info("preparing %.0f%%: %s", 100 * share, line))
+    run = open_run(config, progress=progress_lines(log.info))
 
     key = jax.random.key(loop.seed)
     init_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
@@ -74,7 +76,12 @@ def train(config: TrainConfig | str | Path) -> dict[str, Any]:
             state, seconds = jax.jit(create, out_shardings=replicated(mesh))(_first_params(run, init_key)), 0.0
         else:
             state, seconds = restored[0], restored[1]["seconds"]
-        start = int(state.step)
+            if restored[1]["corpus"] != run.corpus:
+                raise JaxptmError(
+                    f"{run.directory}: the text has changed since its checkpoints were written; put the old text "
+                    "back, or choose another `out`."
+                )
+        start, meta = int(state.step), {"corpus": run.corpus}
 
         with MetricsLog(run.directory) as metrics, TrainingProgress(run.steps, start) as progress, _Stop() as stop:
             metrics.truncate(start)
@@ -102,7 +109,7 @@ def train(config: TrainConfig | str | Path) -> dict[str, Any]:
                     progress.log(step, record)
                 if last or step % loop.checkpoint_every == 0:
                     with window.paused():
-                        checkpoints.save(state, evaluation, {"seconds": time.perf_counter() - clock})
+                        checkpoints.save(state, evaluation, meta | {"seconds": time.perf_counter() - clock})
                 checkpoints.check_for_errors()
                 if last:
                     break
