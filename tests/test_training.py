@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
 def test_another_text_is_not_mistaken_for_the_first(home: Path) -> None:
     text = home / "changing.txt"
     write_corpus(text)
-    config = config_of(home, "changing", data__files=str(text), train__steps=2)
+    config = config_of(home, "changing", data__files=str(text), train__steps=2, optimizer__warmup=0)
     fields = config.model_dump()
     assert train(fields)["finished"]  # a dict does as well
     write_corpus(text, seed=1, documents=90)
@@ -237,7 +237,7 @@ def test_another_text_is_not_mistaken_for_the_first(home: Path) -> None:
 def test_a_config_that_never_saved_anything_may_be_mended(home: Path) -> None:
     with pytest.raises(JaxptmError, match="no preset"):
         train(config_of(home, "mended", model="bert-gigantic"))
-    assert train(config_of(home, "mended", train__steps=1))["finished"]
+    assert train(config_of(home, "mended", train__steps=1, optimizer__warmup=0))["finished"]
 
 
 def test_reporting_may_change_on_resume_and_nothing_else(

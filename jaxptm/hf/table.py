@@ -109,6 +109,9 @@ def load(
     Raises:
         JaxptmError: missing, unexpected and mis-shaped weights, and tied tensors that differ, all at once.
     """
+    # Of tensors that share their memory, some versions of transformers save one, others the other.
+    partners = {original: name for name, original in {**table.tied, **table.dead}.items()}
+    tensors = {o: tensors[n] for o, n in partners.items() if n in tensors and o not in tensors} | dict(tensors)
     params: dict[str, np.ndarray] = {}
     problems = []
     modules = {path.split("/")[0] for row in table.rows for path in row.paths}

@@ -147,15 +147,14 @@ def test_a_missing_fused_tensor_names_all_its_parameters() -> None:
 
 
 def test_only_a_whole_head_may_be_absent() -> None:
-    tensors = {name: tensor for name, tensor in save(TABLE, PARAMS).items() if not name.startswith("head")}
+    tensors = {name: tensor for name, tensor in save(TABLE, PARAMS).items() if not name.startswith(("head", "unread"))}
     loaded = read(tensors, heads=["head"])
     assert loaded.absent == ["head"]
     assert set(loaded.params) == {path for path in PARAMS if path.startswith("body/")}
     with pytest.raises(JaxptmError, match="2 weight"):
         read(tensors)
-    with pytest.raises(
-        JaxptmError, match="missing    fused"
-    ):  # what is no head must be there, even if all of it is absent
+    # What is no head must be there, even if all of it is absent.
+    with pytest.raises(JaxptmError, match="missing    fused"):
         read({"head.bias": PARAMS["head/bias"], "head.scale": PARAMS["head/scale"]}, heads=["head"])
 
 
@@ -171,3 +170,13 @@ def test_a_dead_tensor_is_kept_aside_or_made_up() -> None:
 def test_parameters_without_a_row_are_refused() -> None:
     with pytest.raises(JaxptmError, match="no place for the parameters body/extra, head/extra"):
         save(TABLE, PARAMS | {"head/extra": np.zeros(1), "body/extra": np.zeros(1)})
+
+
+def test_of_shared_tensors_either_name_will_do() -> None:
+    table = Table(
+        [Row("head/bias", "decoder.bias"), Row("head/scale", "scale")], {"copy": "scale"}, {"old": "decoder.bias"}
+    )
+    tensors = {"old": np.arange(3.0), "copy": np.arange(2.0)}
+    loaded = load(table, tensors, {"head/bias": (3,), "head/scale": (2,)}, source="here")
+    np.testing.assert_array_equal(loaded.params["head/bias"], tensors["old"])
+    np.testing.assert_array_equal(loaded.params["head/scale"], tensors["copy"])
