@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -35,7 +36,14 @@ def main() -> None:
     """The entry point `jaxptm`."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxptm").setLevel(logging.INFO)
+    sys.excepthook = _excepthook
     app([argument for argument in sys.argv[1:] if argument != "--debug"])
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # When a checkpoint cannot be written, tensorstore goes on to call the event loop that Orbax has closed, once a file.
+    if str(error) != "Event loop is closed" or "--debug" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _reported(command: Command) -> Command:
