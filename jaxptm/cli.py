@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # When a checkpoint cannot be written, tensorstore goes on to call the event loop that Orbax has closed, once a file.
+    # When a checkpoint cannot be written, tensorstore still calls the event loop that Orbax has closed, once a file.
     if str(error) != "Event loop is closed" or "--debug" in sys.argv:
         sys.__excepthook__(kind, error, trace)
 
