@@ -194,7 +194,7 @@ class Checkpoints:
         shown, more = "; ".join(differences[:4]), len(differences) - 4
         raise JaxptmError(
             f"{path}: holds another model or optimizer: {shown}{f'; and {more} more' if more > 0 else ''}. "
-            "Go back to the config that trained it, or choose another `out`."
+            "Go back to the config and the text that trained it, or choose another `out`."
         )
 
     def _note_loss(self, step: int) -> None:

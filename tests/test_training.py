@@ -223,10 +223,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
     assert_equal_to_the_bit(config, finished[0])
 
 
-def test_another_text_is_not_mistaken_for_the_first(home: Path) -> None:
+def test_another_text_is_not_mistaken_for_the_first(home: Path, finished: tuple[TrainConfig, dict[str, Any]]) -> None:
     text = home / "changing.txt"
     write_corpus(text)
-    config = config_of(home, "changing", data__files=str(text), train__steps=2, optimizer__warmup=0)
+    tokenizer = {"data__tokenizer": str(Path(finished[0].out) / "model"), "data__vocab_size": None}
+    config = config_of(home, "changing", data__files=str(text), train__steps=2, optimizer__warmup=0, **tokenizer)
     fields = config.model_dump()
     assert train(fields)["finished"]  # a dict does as well
     write_corpus(text, seed=1, documents=90)
