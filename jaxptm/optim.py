@@ -112,8 +112,9 @@ def _scale_by_uncorrected_adam(beta1: float, beta2: float, epsilon: float) -> op
     """The direction m / (sqrt(v) + epsilon), where m and v start at 0 and are not corrected for it."""
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
-        zeros = optax.tree.zeros_like(params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu=zeros, nu=zeros)
+        # Two trees of zeros: a buffer that stood in both could not be donated.
+        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(
         grads: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None

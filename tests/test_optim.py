@@ -238,3 +238,11 @@ def test_a_long_warmup_is_fine_where_nothing_has_to_fall():
     assert schedule(config(schedule="constant", warmup=40), 20)(20) == pytest.approx(0.005)
     with pytest.raises(JaxptmError, match=r"optimizer\.warmup is 0 steps"):
         schedule(config(schedule="inverse_sqrt", warmup=0), 20)
+
+
+@pytest.mark.parametrize("name", ["adamw", "bert_adam", "lamb"])
+def test_no_buffer_stands_twice_in_the_state(name: str) -> None:
+    params = {"layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    config = OptimizerConfig(name=name, learning_rate=1e-3, schedule="constant")
+    leaves = [leaf for leaf in jax.tree.leaves(optimizer(config, 10, params).init(params)) if leaf.ndim]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves) == 4
