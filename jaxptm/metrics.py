@@ -15,6 +15,7 @@ from typing import Any, SupportsFloat
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from jaxptm.types import JaxptmError
 
@@ -147,11 +148,11 @@ class TrainingProgress:
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         self._total = total
         self._bar = Progress(
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{total}/{total}"))),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[shown]}"),
             TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
             console=self._console,
             disable=not self._console.is_terminal,
             speed_estimate_period=120,
@@ -175,8 +176,15 @@ class TrainingProgress:
         `metrics` has the names of `metrics.jsonl`; what is not shown is passed over.
         """
         shown = " ".join(_shown(metrics))
-        self._bar.update(self._task, completed=step, shown=shown)
-        if not self._console.is_terminal:
+        if self._console.is_terminal:
+            # The bar keeps to the newest training figures, which fit beside it; evaluations stay in lines above.
+            held_out = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+            if held_out:
+                self.print(f"step {step}/{self._total} {' '.join(_shown(held_out))}")
+            shown = " ".join(_shown({name: value for name, value in metrics.items() if name not in held_out}))
+            self._bar.update(self._task, completed=step, shown=shown)
+        else:
+            self._bar.update(self._task, completed=step)
             left = self._bar.tasks[0].time_remaining
             eta = "" if left is None or step >= self._total else f" ETA {_duration(left)}"
             self._console.print(f"step {step}/{self._total} {shown}{eta}", markup=False)
