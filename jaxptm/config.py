@@ -119,17 +119,27 @@ class LoopConfig(Config):
 
 
 class ParallelConfig(Config):
-    """How the step is laid out over devices."""
+    """How the step is laid out over devices. Results do not depend on it, but for rounding."""
 
-    mode: Literal["jit"] = "jit"
+    mode: Literal["jit", "pmap"] = "jit"
+    """`pmap`: the same step, mapped over devices that each hold all parameters."""
     data: Positive | None = None
-    """Devices that share the batch; default all."""
-    fsdp: Literal[1] = 1
-    tensor: Literal[1] = 1
-    remat: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
+    """Devices that share the batch and hold copies of the parameters; default all that `fsdp` and `tensor` leave."""
+    fsdp: Positive = 1
+    """Devices that share the batch and divide parameters and optimizer state among them."""
+    tensor: Positive = 1
+    """Devices that divide each layer among them: its heads, its inner width, and the vocabulary."""
+    remat: bool | Literal["dots"] = False
+    """Recompute activations in the backward pass: true for all of a layer (least memory, about a third more compute),
+    `dots` for all but the products with weight matrices."""
     scan: bool = False
     """Compile one layer and scan it: compiles faster, on CPU runs slower."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.mode == "pmap" and self.fsdp * self.tensor > 1:
+            raise ValueError("`mode: pmap` copies the parameters to every device: leave `fsdp` and `tensor` at 1")
+        return self
 
 
 class TrainConfig(Config):

@@ -1,37 +1,119 @@
-"""One mesh of devices, and what lies where on it."""
+"""Where arrays lie and how a step is compiled: one mesh of devices, sharding rules by path and shape.
+
+The modules know nothing of it. XLA reads the shardings of a step's inputs and outputs and puts in the communication
+(GSPMD, Xu et al. 2021); under `pmap` the body of the step says itself what it adds up.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxptm.config import LoopConfig, ParallelConfig
-from jaxptm.types import Array, JaxptmError
+from jaxptm.nn.core import TransformerConfig
+from jaxptm.types import Array, JaxptmError, Means, TrainState
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""Axes that divide the rows of a batch."""
+PMAP_AXIS = "rows"
+"""Name of the axis that `pmap` maps over, for the body of the step."""
+
+TENSOR_AXIS: dict[tuple[str, ...], int] = {
+    # Megatron-LM (Shoeybi et al. 2019, section 3): the first product of a pair is split by its outputs, the second by its
+    # inputs, so that a pair costs one sum over devices; attention is then split by heads, and the tables by entries.
+    **{(name, leaf): -1 for name in ("query", "key", "value", "up") for leaf in ("kernel", "bias")},
+    ("attention", "output", "kernel"): -2,
+    ("down", "kernel"): -2,
+    ("token", "embedding"): -2,
+    ("mlm_head", "embedding"): -2,
+    ("mlm_head", "bias"): -1,
+}
+"""End of a parameter's path -> the axis that tensor parallelism divides; parameters that are not here are copied."""
+
+Tree = TypeVar("Tree")
+Update = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Means]]
 
 
 def make_mesh(config: ParallelConfig, train: LoopConfig) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over the devices that `config` asks for.
+    """A mesh with the axes data, fsdp and tensor over the devices that `config` asks for, of all hosts.
 
     Raises:
-        JaxptmError: there are fewer devices, or the batch does not divide among them.
+        JaxptmError: the devices do not suffice or do not divide, a host would be left out, or the batch does not divide.
     """
     devices = jax.devices()
-    count = config.data or len(devices)
+    shared = config.fsdp * config.tensor
+    if config.data is None and len(devices) % shared:
+        raise JaxptmError(
+            f"parallel: {len(devices)} device(s) do not divide into fsdp {config.fsdp} x tensor {config.tensor}; change "
+            "parallel.fsdp or parallel.tensor, or give parallel.data to use fewer devices."
+        )
+    data = config.data or len(devices) // shared
+    count = data * shared
     if count > len(devices):
-        raise JaxptmError(f"parallel.data: {count} devices asked for, {len(devices)} here.")
-    if (train.batch_size // train.accumulate) % count:
+        raise JaxptmError(
+            f"parallel: data {data} x fsdp {config.fsdp} x tensor {config.tensor} is {count} devices asked for, "
+            f"{len(devices)} here; lower parallel.data, parallel.fsdp or parallel.tensor."
+        )
+    if count < len(devices) and jax.process_count() > 1:
+        raise JaxptmError(
+            f"parallel: data {data} x fsdp {config.fsdp} x tensor {config.tensor} uses {count} of the {len(devices)} "
+            f"devices of {jax.process_count()} processes; leave parallel.data out to use them all."
+        )
+    if (train.batch_size // train.accumulate) % (data * config.fsdp):
         raise JaxptmError(
             f"train.batch_size: {train.batch_size} rows in {train.accumulate} microbatch(es) do not divide among "
-            f"{count} devices; change train.batch_size, train.accumulate or parallel.data."
+            f"{data * config.fsdp} devices (data {data} x fsdp {config.fsdp}); change train.batch_size, "
+            "train.accumulate, parallel.data or parallel.fsdp."
         )
-    return jax.make_mesh((count, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+    return jax.make_mesh(
+        (data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
+    )
+
+
+def check_tensor(mesh: Mesh, config: TransformerConfig) -> None:
+    """Raises JaxptmError where tensor parallelism does not divide the heads or the inner width of the layers."""
+    tensor = mesh.shape["tensor"]
+    for name in ("num_attention_heads", "intermediate_size"):
+        if getattr(config, name) % tensor:
+            raise JaxptmError(
+                f"parallel.tensor: {tensor} does not divide the model's {getattr(config, name)} ({name}); "
+                "choose a common divisor."
+            )
+
+
+def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How one parameter, or an optimizer's moment of it, is divided over the mesh.
+
+    `tensor` divides the axis that `TENSOR_AXIS` names, `fsdp` the largest other axis that it can (Rajbhandari et al.
+    2020, ZeRO stage 3). What an axis of the mesh does not divide is copied over it.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    split = next((axis for end, axis in TENSOR_AXIS.items() if path[-len(end) :] == end), None)
+    if split is not None and shape[split] % mesh.shape["tensor"] == 0:
+        axes[split] = "tensor"
+    layers = 1 if "layers" in path else 0  # stacked layers stay whole: each is used by every device in turn
+    free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % mesh.shape["fsdp"] == 0]
+    if free:
+        axes[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """The sharding of every leaf of a training state, or of any part of it, by its path and shape."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
+        return NamedSharding(mesh, partition(names, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -40,13 +122,69 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(mesh: Mesh) -> NamedSharding:
-    """The first axis divided over the data axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The first axis divided over the axes data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """This host's rows of a batch, as global arrays divided by rows."""
-    return {name: jax.make_array_from_process_local_data(split_rows(mesh), rows) for name, rows in batch.items()}
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch the devices of this host hold, in order.
+
+    A row is held by several hosts where the axis tensor goes across them.
+    """
+    held = split_rows(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, Array]:
+    """A batch as global arrays divided by rows; `batch` holds the `host_rows` of it."""
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), split_rows(mesh))
+    rows = host_rows(mesh, batch_size)
+
+    def put(values: np.ndarray) -> Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size)
+            return values[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), split_rows(mesh), part)
+
+    return {name: put(values) for name, values in batch.items()}
+
+
+def compile_update(update: Update, mesh: Mesh, mode: str, state: TrainState) -> Update:
+    """The compiled step; it takes and returns global arrays laid out as `shardings` says, and donates the old state.
+
+    Args:
+        update: from `make_update`; for `pmap` one that adds up over `PMAP_AXIS`.
+        mode: `jit`, or `pmap` over the same devices with a copy of the state on each.
+        state: the shapes of the state.
+    """
+    if mode == "jit":
+        layout = shardings(state, mesh)
+        return jax.jit(
+            update,
+            in_shardings=(layout, split_rows(mesh)),
+            out_shardings=(layout, replicated(mesh)),
+            donate_argnums=0,
+        )
+    # Neither the state nor what comes out is mapped: each is one array with a copy on every device.
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    mapped = jax.pmap(
+        update,
+        PMAP_AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        donate_argnums=0,
+        devices=devices if jax.process_count() == 1 else None,
+    )
+
+    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Means]:
+        local_state = multihost_utils.global_array_to_host_local_array(state, mesh, PartitionSpec())
+        local_batch = multihost_utils.global_array_to_host_local_array(dict(batch), mesh, PartitionSpec(ROWS))
+        split = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in local_batch.items()}
+        return multihost_utils.host_local_array_to_global_array(mapped(local_state, split), mesh, PartitionSpec())
+
+    return step
 
 
 def matmul_ceiling(dtype: np.dtype) -> float:
@@ -55,7 +193,7 @@ def matmul_ceiling(dtype: np.dtype) -> float:
     The best of a few; takes well under a second on an accelerator and on a laptop.
     """
     size = 2048 if jax.default_backend() == "cpu" else 8192
-    matrix = jax.device_put(jnp.ones((size, size), dtype), jax.devices()[0])
+    matrix = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
     multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     jax.block_until_ready(multiply(matrix, matrix))
     seconds = []

@@ -15,7 +15,13 @@ from jaxptm.types import Array, Batch, Mean, Means, Params, TrainState
 Update = Callable[[TrainState, Batch], tuple[TrainState, Means]]
 
 
-def make_update(objective: Objective, optimizer: optax.GradientTransformation, key: Array, accumulate: int) -> Update:
+def make_update(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    accumulate: int,
+    axis: str | None = None,
+) -> Update:
     """One optimizer step: (state, batch) -> (next state, its means).
 
     All randomness comes from (key, state.step, row). The means are the objective's terms and scores, `loss` (the sum of
@@ -23,12 +29,13 @@ def make_update(objective: Objective, optimizer: optax.GradientTransformation, k
 
     Args:
         accumulate: microbatches that the batch is worked off in; changes memory and time, not the result.
+        axis: name of a mapped axis (`jax.pmap`, `jax.shard_map`) that the rows of the batch are divided over; None
+            where `batch` holds all rows.
     """
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
-        rows = next(iter(batch.values())).shape[0]
-        keys = jax.random.split(jax.random.fold_in(key, state.step), rows)
-        grads, means = gradients(objective, state.params, batch, keys, accumulate)
+        keys = row_keys(jax.random.fold_in(key, state.step), batch, axis)
+        grads, means = gradients(objective, state.params, batch, keys, accumulate, axis)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         means["grad_norm"] = Mean(optax.tree.norm(grads), jnp.ones(()))
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), means
@@ -36,33 +43,49 @@ def make_update(objective: Objective, optimizer: optax.GradientTransformation, k
     return update
 
 
-def gradients(objective: Objective, params: Params, batch: Batch, keys: Array, accumulate: int) -> tuple[Params, Means]:
+def row_keys(key: Array, batch: Batch, axis: str | None = None) -> Array:
+    """One key a row; where the rows are divided over a mapped axis, those of the rows that are here."""
+    rows = next(iter(batch.values())).shape[0]
+    if axis is None:
+        return jax.random.split(key, rows)
+    keys = jax.random.split(key, rows * jax.lax.axis_size(axis))
+    return jax.lax.dynamic_slice_in_dim(keys, rows * jax.lax.axis_index(axis), rows)
+
+
+def gradients(
+    objective: Objective, params: Params, batch: Batch, keys: Array, accumulate: int, axis: str | None = None
+) -> tuple[Params, Means]:
     """The gradient of the loss over the whole batch, and the batch's means with `loss` among them."""
+
+    def over_devices(sums: Any) -> Any:
+        return sums if axis is None else jax.lax.psum(sums, axis)
+
+    def weights_of(batch: Batch, keys: Array) -> dict[str, Array]:
+        return {name: term.weight for name, term in objective.loss(params, batch, keys, train=True)[0].items()}
 
     def value(params: Params, batch: Batch, keys: Array, weights: dict[str, Array] | None) -> tuple[Array, Means]:
         terms, scores = objective.loss(params, batch, keys, train=True)
-        # Each term is divided by its weight over the whole batch, so the gradients of microbatches simply add up.
-        whole = terms if weights is None else {name: Mean(term.total, weights[name]) for name, term in terms.items()}
-        loss = total(whole)
+        if weights is None:
+            weights = over_devices(jax.lax.stop_gradient({name: term.weight for name, term in terms.items()}))
+        # Each term is divided by its weight over the whole batch, so that the gradients of parts simply add up.
+        loss = total({name: Mean(term.total, weights[name]) for name, term in terms.items()})
         return loss, {**terms, **scores, "loss": Mean(loss, jnp.zeros(()))}
-
-    def weights_of(batch: Batch, keys: Array) -> dict[str, Array]:
-        # The weights depend on the masks alone: XLA drops the model from this call.
-        return {name: term.weight for name, term in objective.loss(params, batch, keys, train=True)[0].items()}
 
     gradient = jax.grad(value, has_aux=True)
     if accumulate == 1:
-        grads, means = gradient(params, batch, keys, None)
+        sums = gradient(params, batch, keys, None)
     else:
         # Strided, so that with the rows spread over devices every microbatch is spread as well.
         micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys))
-        weights = jax.tree.map(jnp.sum, jax.lax.map(lambda part: weights_of(*part), micro))
+        # The weights depend on the masks alone: XLA drops the model from this pass.
+        weights = over_devices(jax.tree.map(jnp.sum, jax.lax.map(lambda part: weights_of(*part), micro)))
 
         def add(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, gradient(params, *part, weights)), None
 
         shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micro), weights)
-        (grads, means), _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micro)
+        sums, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micro)
+    grads, means = over_devices(sums)
     means["loss"] = Mean(means["loss"].total, jnp.ones(()))
     return grads, means
 
@@ -79,7 +102,6 @@ def make_evaluate(objective: Objective, key: Array) -> Callable[[Params, Batch, 
     """
 
     def evaluate(params: Params, batch: Batch, index: Array) -> tuple[Means, Means]:
-        rows = next(iter(batch.values())).shape[0]
-        return objective.loss(params, batch, jax.random.split(jax.random.fold_in(key, index), rows), train=False)
+        return objective.loss(params, batch, row_keys(jax.random.fold_in(key, index), batch), train=False)
 
     return evaluate

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
-
-from jaxptm.errors import JaxptmError
 
 if TYPE_CHECKING:
     from jaxptm.data.text import TextSource
@@ -21,57 +19,52 @@ AHEAD = 8
 class _Steps:
     """Step -> batch, for Grain: it knows no epoch and keeps no place."""
 
-    def __init__(self, source: TextSource[Any], batch_size: int, start_step: int, steps: int, first: int, rows: int):
+    def __init__(self, source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: Sequence[int]):
         self._source = source
         self._batch_size = batch_size
         self._start_step = start_step
         self._steps = steps
-        self._first = first
         self._rows = rows
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        start = (self._start_step + int(step)) * self._batch_size + self._first
-        return self._source.rows(range(start, start + self._rows))
+        start = (self._start_step + int(step)) * self._batch_size
+        return self._source.rows([start + int(row) for row in self._rows])
 
 
 def batches(
-    source: TextSource[Any], batch_size: int, start_step: int, steps: int, host: int = 0, hosts: int = 1
+    source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps `start_step` up to `start_step + steps`; rows of earlier steps are never touched.
 
-    The batch of step s is rows s * batch_size and following of `source`; host `host` of `hosts` gets its own contiguous
-    part of them, `batch_size / hosts` rows.
+    The batch of step s is rows s * batch_size and following of `source`.
 
-    Raises:
-        JaxptmError: the batch does not divide over the hosts.
+    Args:
+        rows: which rows of each batch to read, for a host that needs no others (`jaxptm.parallel.host_rows`).
     """
-    if batch_size % hosts:
-        raise JaxptmError(f"train.batch_size {batch_size} does not divide over {hosts} hosts.")
-    rows = batch_size // hosts
-    dataset = grain.MapDataset.source(_Steps(source, batch_size, start_step, steps, host * rows, rows))
+    rows = range(batch_size) if rows is None else rows
+    dataset = grain.MapDataset.source(_Steps(source, batch_size, start_step, steps, rows))
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
     return iter(dataset.to_iter_dataset(options))
 
 
 def one_pass(
-    source: TextSource[Any], batch_size: int, limit: int | None = None, host: int = 0, hosts: int = 1
+    source: TextSource[Any], batch_size: int, limit: int | None = None, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Each row of epoch 0 once, in at most `limit` batches; the last one is filled up with rows of zeros.
 
-    Every host yields equally many batches of `batch_size / hosts` rows.
-
-    Raises:
-        JaxptmError: the batch does not divide over the hosts.
+    Args:
+        rows: which rows of each batch to read, in ascending order; equally many batches come whatever they are.
     """
+    rows = range(batch_size) if rows is None else rows
     steps = -(-len(source) // batch_size)
     steps = steps if limit is None else min(steps, limit)
-    rows = batch_size // hosts
-    for step, batch in enumerate(batches(source, batch_size, 0, steps, host, hosts)):
-        left = min(rows, max(0, len(source) - (step * batch_size + host * rows)))
-        yield batch if left == rows else pad_rows({name: values[:left] for name, values in batch.items()}, rows)
+    for step, batch in enumerate(batches(source, batch_size, 0, steps, rows)):
+        left = int(np.searchsorted(rows, len(source) - step * batch_size))
+        full = left == len(rows)
+        yield batch if full else pad_rows({name: values[:left] for name, values in batch.items()}, len(rows))
 
 
 def pad_rows(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
