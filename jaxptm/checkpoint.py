@@ -20,9 +20,12 @@ from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import SingleDeviceSharding
 
+from jaxptm.hosts import is_main, together
 from jaxptm.types import JaxptmError, TrainState
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class Checkpoints:
         self._keep = keep
         self._losses: dict[int, float] = {}
         self._damaged: list[int] = []
+        self._cleared = False
         self._saving: int | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -118,25 +122,14 @@ class Checkpoints:
             JaxptmError: the checkpoint holds another model or optimizer, or every checkpoint is damaged.
         """
         self.wait()
-        for path in self._leftovers:
-            logger.warning("%s was never finished and is passed over.", path)
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if step is not None:
-            steps = [candidate for candidate in steps if candidate == step]
-        for candidate in steps:
-            path = self.directory / str(candidate)
-            damage = _damage(path)
-            if damage is None:
-                return self._read(candidate, like)
-            logger.warning("%s is damaged (%s) and is passed over.", path, damage)
-            if candidate not in self._damaged:
-                self._damaged.append(candidate)
-        if steps:
-            raise JaxptmError(
-                f"{self.directory}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "
-                "restore them from a backup, or delete the directory to train from the start."
-            )
-        return None
+        self._cleared = False
+        whole = None
+        with together():
+            if is_main():
+                whole = self._newest_whole(step)
+        # What process 0 has chosen, the others restore as well.
+        (chosen,) = broadcast_one_to_all(np.array([-1 if whole is None else whole]))
+        return None if chosen < 0 else self._read(int(chosen), like)
 
     def check_for_errors(self) -> None:
         """Raises the JaxptmError of a background save that has failed; never waits."""
@@ -197,6 +190,27 @@ class Checkpoints:
             "Go back to the config and the text that trained it, or choose another `out`."
         )
 
+    def _newest_whole(self, step: int | None) -> int | None:
+        for path in self._leftovers:
+            logger.warning("%s was never finished and is passed over.", path)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if step is not None:
+            steps = [candidate for candidate in steps if candidate == step]
+        for candidate in steps:
+            path = self.directory / str(candidate)
+            damage = _damage(path)
+            if damage is None:
+                return candidate
+            logger.warning("%s is damaged (%s) and is passed over.", path, damage)
+            if candidate not in self._damaged:
+                self._damaged.append(candidate)
+        if steps:
+            raise JaxptmError(
+                f"{self.directory}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "
+                "restore them from a backup, or delete the directory to train from the start."
+            )
+        return None
+
     def _note_loss(self, step: int) -> None:
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
@@ -208,23 +222,23 @@ class Checkpoints:
 
     def _set_aside(self) -> None:
         """Makes way for saving: damaged steps are renamed, and what killed runs left half-written is deleted."""
-        damaged, self._damaged = self._damaged, []
-        leftovers, self._leftovers = self._leftovers, []
-        if not damaged and not leftovers:
+        if self._cleared:
             return
-        if jax.process_index() == 0:
-            for path in leftovers:
-                shutil.rmtree(path, ignore_errors=True)
-            for step in damaged:
-                path = self.directory / f"{step}.damaged"
-                shutil.rmtree(path, ignore_errors=True)
-                (self.directory / str(step)).rename(path)
-        ocp.multihost.sync_global_processes("jaxptm:set_aside")
+        self._cleared = True
+        with together():
+            if is_main():
+                for path in self._leftovers:
+                    shutil.rmtree(path, ignore_errors=True)
+                for step in self._damaged:
+                    path = self.directory / f"{step}.damaged"
+                    shutil.rmtree(path, ignore_errors=True)
+                    (self.directory / str(step)).rename(path)
+                self._leftovers, self._damaged = [], []
         self._manager.reload()
 
     def _write_checksums(self) -> None:
         """Runs in the background after the items are written, before their directory gets its final name."""
-        if jax.process_index() == 0:
+        if is_main():
             path = self.directory / str(self._saving)
             path = next(self.directory.glob(f"{self._saving}{_TEMPORARY}*"), path)
             with (path / _CHECKSUMS).open("w") as file:
@@ -247,7 +261,7 @@ class Checkpoints:
 
     def _recover(self, step: int | None) -> None:
         self._losses.pop(step, None)  # type: ignore[arg-type]
-        if jax.process_index() == 0:
+        if is_main():
             for path in self.directory.glob(f"{step}{_TEMPORARY}*"):
                 shutil.rmtree(path, ignore_errors=True)
         self._manager.reload()

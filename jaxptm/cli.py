@@ -62,9 +62,18 @@ def _reported(command: Command) -> Command:
             if "--debug" in sys.argv:
                 raise
             print(f"error: {_message(error)}", file=sys.stderr)
+            _leave_peers()
             raise typer.Exit(1) from None
 
     return run  # type: ignore[return-value]
+
+
+def _leave_peers() -> None:
+    """Ends a process of several at once: at a usual exit JAX would wait for the others, who may be waiting for this one."""
+    distributed = sys.modules.get("jax.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _message(error: Exception) -> str:
@@ -78,13 +87,35 @@ def _message(error: Exception) -> str:
 
 @app.command()
 @_reported
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Pre-train as CONFIG says. Resumes by itself when the run directory holds a checkpoint."""
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes: where process 0 listens.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="Of several processes: how many there are.")] = None,
+    process: Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the other processes at the start.")] = 300,
+) -> None:
+    """Pre-train as CONFIG says. Resumes by itself when the run directory holds a checkpoint.
+
+    On several hosts, start the same command on each. On Cloud TPU, under srun and under mpirun the processes find each
+    other; elsewhere tell them by --coordinator, --processes and --process.
+    """
     from jaxptm.config import load_config
+    from jaxptm.hosts import find_peers, join
+
+    loaded = load_config(config, overrides or ())
+    peers = find_peers(coordinator, processes, process)
+    if peers is not None:
+        if peers.index > 0:  # what all would say is said by process 0
+            logging.getLogger("jaxptm").setLevel(logging.WARNING)
+        join(peers, timeout)
+
     from jaxptm.training import train
 
-    results = train(load_config(config, overrides or ()))
-    if results["finished"]:
+    results = train(loaded)
+    if "train" in results:
         _print_values(results["train"] | {f"eval {name}": value for name, value in results["eval"].items()})
 
 

@@ -107,7 +107,9 @@ class LoopConfig(Config):
     keep: Positive = 2
     """How many of the newest checkpoints stay; the one with the lowest evaluation loss stays besides."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters, norms, softmax and losses stay in float32."""
+    """Type of the computation; norms, softmax and losses stay in float32."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored parameters; the optimizer's moments stay in float32, and updates are rounded at random."""
 
     @model_validator(mode="after")
     def _check(self) -> LoopConfig:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxptm.config import TrainConfig
 from jaxptm.data.batching import one_pass
 from jaxptm.data.tokenizer import load_tokenizer
-from jaxptm.parallel import make_mesh, put_batch, replicated
+from jaxptm.parallel import check_tensor, compile_evaluate, host_rows, make_mesh, put_batch, shardings
 from jaxptm.pretrained import from_pretrained
 from jaxptm.run import Run, open_run
 from jaxptm.step import make_evaluate, total
@@ -41,19 +41,23 @@ def evaluate(path: str | Path, config: TrainConfig) -> dict[str, Any]:
     if model.tokenizer.get_vocab() != load_tokenizer(run.tokenizer_directory).get_vocab():
         raise JaxptmError(f"{path} has another vocabulary than data.tokenizer {config.data.tokenizer}.")
     mesh = make_mesh(config.parallel, config.train)
-    return make_evaluator(run, mesh)(jax.device_put(model.params, replicated(mesh)))
+    check_tensor(mesh, model.config)
+    return make_evaluator(run, mesh)(jax.device_put(model.params, shardings(model.params, mesh)))
 
 
 def make_evaluator(run: Run, mesh: jax.sharding.Mesh) -> Callable[[Params], dict[str, float]]:
     """A function of the parameters: `loss` and every term and score over the held-out examples, none lost."""
     assert run.held_out is not None
     loop, source = run.config.train, run.held_out
-    step = jax.jit(make_evaluate(run.objective, jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)))
+    batch_size = loop.batch_size // loop.accumulate
+    rows = host_rows(mesh, batch_size)
+    key = jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)
+    step = compile_evaluate(make_evaluate(run.objective, key), mesh)
 
     def evaluator(params: Params) -> dict[str, float]:
         means = None
-        for index, batch in enumerate(one_pass(source, loop.batch_size // loop.accumulate, loop.eval_batches)):
-            part = step(params, put_batch(mesh, batch), jnp.asarray(index))
+        for index, batch in enumerate(one_pass(source, batch_size, loop.eval_batches, rows)):
+            part = step(params, put_batch(mesh, batch, batch_size), jnp.int32(index))
             means = part if means is None else jax.tree.map(jnp.add, means, part)
         terms, scores = jax.device_get(means)
         return {"loss": float(total(terms))} | {name: float(mean.value) for name, mean in {**terms, **scores}.items()}

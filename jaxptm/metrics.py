@@ -27,16 +27,24 @@ class MetricsLog:
     strings "nan", "inf" and "-inf"; `read_metrics` turns them back into floats.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
-        """Opens the log of `run_dir` to append to, making the directory when absent."""
+    def __init__(self, run_dir: str | Path, *, enabled: bool = True) -> None:
+        """Opens the log of `run_dir` to append to, making the directory when absent.
+
+        Args:
+            enabled: false for the processes of a run that leave the log to another one; nothing is opened or written.
+        """
         self.path = Path(run_dir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._enabled = enabled
         self._board: Any = None
         self._purge_step: int | None = None
+        if enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends one line `{"step": step, **metrics}`."""
+        if not self._enabled:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(_to_json({"step": step, **values}) + "\n")
         self._file.flush()
@@ -52,6 +60,8 @@ class MetricsLog:
 
         To be called before the first `write`; TensorBoard is told to hide the same steps.
         """
+        if not self._enabled:
+            return
         self._purge_step = step + 1
         self._file.close()
         kept = [_to_json(line) for line in _read_lines(self.path) if line["step"] <= step]
@@ -60,6 +70,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Writes out what TensorBoard still buffers."""
+        if not self._enabled:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()

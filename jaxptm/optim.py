@@ -41,7 +41,45 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
     parts += [optax.add_decayed_weights(config.weight_decay, decayed)]
     if config.name == "lamb":
         parts += [optax.masked(optax.scale_by_trust_ratio(), decayed)]
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return _in_float32(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+
+
+def apply_updates(params: Params, updates: Params, key: Array) -> Params:
+    """params + updates. Parameters in bfloat16 are rounded at random, so that on average no update is lost.
+
+    Rounded to the nearest, an update below 1/512 of its parameter would never change it (Gupta et al. 2015, 3.2).
+    """
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def add(leaf: Array, update: Array, key: Array) -> Array:
+        value = leaf.astype(jnp.float32) + update
+        return _round_at_random(value, key) if leaf.dtype == jnp.bfloat16 else value
+
+    return jax.tree.unflatten(tree, map(add, leaves, jax.tree.leaves(updates), keys))
+
+
+def _round_at_random(value: Array, key: Array) -> Array:
+    """float32 -> one of the two nearest bfloat16, each with the chance that makes the mean exact."""
+    # bfloat16 is the upper half of a float32: carry over from the lower half with its share of 2**16.
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+    noise = jax.random.bits(key, value.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(value), rounded, value).astype(jnp.bfloat16)
+
+
+def _in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Moments and updates in float32, whatever the type of the parameters."""
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return transform.update(cast(grads), state, cast(params))
+
+    return optax.GradientTransformation(lambda params: transform.init(cast(params)), update)
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +19,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxptm.config import LoopConfig, ParallelConfig
 from jaxptm.nn.core import TransformerConfig
-from jaxptm.types import Array, JaxptmError, Means, TrainState
+from jaxptm.types import Array, Batch, JaxptmError, Means, Params, TrainState
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """Axes that divide the rows of a batch."""
-PMAP_AXIS = "rows"
-"""Name of the axis that `pmap` maps over, for the body of the step."""
 
 TENSOR_AXIS: dict[tuple[str, ...], int] = {
-    # Megatron-LM (Shoeybi et al. 2019, section 3): the first product of a pair is split by its outputs, the second by its
-    # inputs, so that a pair costs one sum over devices; attention is then split by heads, and the tables by entries.
+    # Megatron-LM (Shoeybi et al. 2019, section 3): the first product of a pair is split by its outputs, the second by
+    # its inputs, so that a pair costs one sum over devices; attention is so split by heads, and the tables by entries.
     **{(name, leaf): -1 for name in ("query", "key", "value", "up") for leaf in ("kernel", "bias")},
     ("attention", "output", "kernel"): -2,
     ("down", "kernel"): -2,
@@ -39,21 +38,22 @@ TENSOR_AXIS: dict[tuple[str, ...], int] = {
 """End of a parameter's path -> the axis that tensor parallelism divides; parameters that are not here are copied."""
 
 Tree = TypeVar("Tree")
-Update = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Means]]
+Update = Callable[[TrainState, Batch], tuple[TrainState, Means]]
+Evaluate = Callable[[Params, Batch, Array], tuple[Means, Means]]
 
 
 def make_mesh(config: ParallelConfig, train: LoopConfig) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over the devices that `config` asks for, of all hosts.
 
     Raises:
-        JaxptmError: the devices do not suffice or do not divide, a host would be left out, or the batch does not divide.
+        JaxptmError: the devices do not suffice, devices or the batch do not divide, or a host would be left out.
     """
     devices = jax.devices()
     shared = config.fsdp * config.tensor
     if config.data is None and len(devices) % shared:
         raise JaxptmError(
-            f"parallel: {len(devices)} device(s) do not divide into fsdp {config.fsdp} x tensor {config.tensor}; change "
-            "parallel.fsdp or parallel.tensor, or give parallel.data to use fewer devices."
+            f"parallel: {len(devices)} device(s) do not divide into fsdp {config.fsdp} x tensor {config.tensor}; "
+            "change parallel.fsdp or parallel.tensor, or give parallel.data to use fewer devices."
         )
     data = config.data or len(devices) // shared
     count = data * shared
@@ -110,8 +110,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     """The sharding of every leaf of a training state, or of any part of it, by its path and shape."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = tuple(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
-        return NamedSharding(mesh, partition(names, leaf.shape, mesh))
+        return NamedSharding(mesh, partition(_names(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -142,7 +141,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> d
     rows = host_rows(mesh, batch_size)
 
     def put(values: np.ndarray) -> Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(batch_size)
             return values[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
 
@@ -151,40 +150,101 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> d
     return {name: put(values) for name, values in batch.items()}
 
 
+def mapped_axis(mesh: Mesh, mode: str) -> str | None:
+    """The axis over which the body of a step has to add up by itself; None where XLA finds the sums.
+
+    With copies of the parameters on every device, the body says when to add: once a step. XLA by itself would add after
+    every microbatch, and a tied table's two gradients apart.
+    """
+    return "data" if mode == "pmap" or 1 < mesh.size == mesh.shape["data"] else None
+
+
 def compile_update(update: Update, mesh: Mesh, mode: str, state: TrainState) -> Update:
     """The compiled step; it takes and returns global arrays laid out as `shardings` says, and donates the old state.
 
     Args:
-        update: from `make_update`; for `pmap` one that adds up over `PMAP_AXIS`.
-        mode: `jit`, or `pmap` over the same devices with a copy of the state on each.
+        update: from `make_update`, for the axis that `mapped_axis` names.
+        mode: `jit` or `pmap`.
         state: the shapes of the state.
     """
-    if mode == "jit":
-        layout = shardings(state, mesh)
-        return jax.jit(
-            update,
-            in_shardings=(layout, split_rows(mesh)),
-            out_shardings=(layout, replicated(mesh)),
-            donate_argnums=0,
-        )
-    # Neither the state nor what comes out is mapped: each is one array with a copy on every device.
-    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    mapped = jax.pmap(
-        update,
-        PMAP_AXIS,
-        in_axes=(None, 0),
-        out_axes=None,
-        donate_argnums=0,
-        devices=devices if jax.process_count() == 1 else None,
-    )
+    if mode == "pmap":
+        return _map_devices(update, mesh)
+    layout, rows = shardings(state, mesh), split_rows(mesh)
+    body: Callable[..., Any]
+    if mapped_axis(mesh, mode) is None:
 
-    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Means]:
+        def body(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
+            with _laid_out(mesh):
+                return update(state._replace(params=_gather_tables(state.params, mesh)), batch)
+
+    else:
+        body = jax.shard_map(
+            update, mesh=mesh, in_specs=(PartitionSpec(), rows.spec), out_specs=PartitionSpec(), check_vma=False
+        )
+    outs = (layout, replicated(mesh))
+    return jax.jit(body, in_shardings=(layout, rows), out_shardings=outs, donate_argnums=0)
+
+
+def compile_evaluate(evaluate: Evaluate, mesh: Mesh) -> Evaluate:
+    """The compiled evaluation step of `make_evaluate`: parameters laid out as `shardings` says, copies of the means."""
+
+    def body(params: Params, batch: Batch, index: Array) -> tuple[Means, Means]:
+        with _laid_out(mesh):
+            return evaluate(_gather_tables(params, mesh), batch, index)
+
+    return jax.jit(body, out_shardings=replicated(mesh))
+
+
+def _map_devices(update: Update, mesh: Mesh) -> Update:
+    """`pmap` with arrays of the whole mesh outside and those of this host inside."""
+    devices = mesh.local_devices if jax.process_count() == 1 else None  # with several processes: all, in jax's order
+    # Neither the state nor what comes out is mapped: each is one array with a copy on every device.
+    mapped = jax.pmap(update, "data", in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
         local_state = multihost_utils.global_array_to_host_local_array(state, mesh, PartitionSpec())
         local_batch = multihost_utils.global_array_to_host_local_array(dict(batch), mesh, PartitionSpec(ROWS))
-        split = {name: x.reshape(len(devices), -1, *x.shape[1:]) for name, x in local_batch.items()}
-        return multihost_utils.host_local_array_to_global_array(mapped(local_state, split), mesh, PartitionSpec())
+        by_device = {name: x.reshape(len(mesh.local_devices), -1, *x.shape[1:]) for name, x in local_batch.items()}
+        return multihost_utils.host_local_array_to_global_array(mapped(local_state, by_device), mesh, PartitionSpec())
 
     return step
+
+
+def _laid_out(mesh: Mesh) -> Any:
+    """A context in which whatever a module returns stays divided by rows, as the batch is.
+
+    Left to itself, XLA takes the division of the parameters by `fsdp` over to the width of the activations, and gathers
+    whole batches. So told, it gathers a product's parameters when it comes to it, inside the loop of scanned layers.
+    """
+
+    def keep_rows(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.ndim < 2 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+            return x
+        rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, *rest)))
+
+    def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = call(*args, **kwargs)
+        return jax.tree.map(keep_rows, out) if context.method_name == "__call__" else out
+
+    return nn.intercept_methods(interceptor)
+
+
+def _gather_tables(params: Params, mesh: Mesh) -> Params:
+    """Embedding tables, made whole over `fsdp`: looking up in one of divided width would divide what is found."""
+
+    def gather(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = _names(path)
+        if names[-1] != "embedding":
+            return leaf
+        spec = [None if axis == "fsdp" else axis for axis in partition(names, leaf.shape, mesh)]
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
 def matmul_ceiling(dtype: np.dtype) -> float:

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxptm.config import TextData, TrainConfig, dump_config, load_config
+from jaxptm.config import ParallelConfig, TextData, TrainConfig, dump_config, load_config
 from jaxptm.data.corpus import Corpus
 from jaxptm.data.prepare import Progress, prepare
 from jaxptm.data.text import PackedSentences, SentencePairs
 from jaxptm.data.tokenizer import load_tokenizer, special_tokens
+from jaxptm.hosts import exchange, is_main, together
 from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextModel
 from jaxptm.objectives import Objective
@@ -26,6 +27,8 @@ from jaxptm.types import JaxptmError
 
 REPORTING = {"train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "train.keep"}
 """Keys that may change when a run is resumed: its parameters do not depend on them."""
+LAYOUT = {"train.accumulate", *(f"parallel.{key}" for key in ParallelConfig.model_fields)}
+"""Keys that may change as well, so that a run can go on on other devices: its parameters change by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,20 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
     Raises:
         JaxptmError: whatever does not fit together, before any step is taken.
     """
-    data = config.data
     prepared = prepared_directory(config)
-    manifest = prepare(data, prepared, progress=progress)
+    with together():
+        if is_main():  # the other processes wait, and find it done, or do the same on a disk of their own
+            prepare(config.data, prepared, progress=progress)
+    with together():
+        run = _open(config, module, prepared)
+    if len(set(exchange(run.corpus))) > 1:
+        raise JaxptmError(f"{prepared}: the processes hold different texts; give all of them the same data.files.")
+    return run
+
+
+def _open(config: TrainConfig, module: TextModel | None, prepared: Path) -> Run:
+    data = config.data
+    manifest = prepare(data, prepared)
     if manifest is None:
         raise JaxptmError(f"{prepared}: other hosts are still preparing their files; start again when they are done.")
     tokenizer_directory = prepared / "tokenizer"
@@ -118,7 +132,12 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
 def make_module(config: TrainConfig, vocab_size: int) -> TextModel:
     """The module that `config` trains, for a tokenizer of `vocab_size` entries."""
     family, model = model_config(config.model, vocab_size)
-    execution = Execution(dtype=jnp.dtype(config.train.dtype), remat=config.parallel.remat, scan=config.parallel.scan)
+    execution = Execution(
+        dtype=jnp.dtype(config.train.dtype),
+        param_dtype=jnp.dtype(config.train.param_dtype),
+        remat=config.parallel.remat,
+        scan=config.parallel.scan,
+    )
     return family.module(model, config.objective.name, execution)
 
 
@@ -135,12 +154,18 @@ def claim_directory(config: TrainConfig) -> None:
     Raises:
         JaxptmError: the directory belongs to another config; every key that differs is named.
     """
-    directory = Path(config.out)
+    with together():
+        if is_main():
+            _claim(Path(config.out), config)
+
+
+def _claim(directory: Path, config: TrainConfig) -> None:
     path = directory / "config.yaml"
     if path.exists() and any((directory / "checkpoints").glob("[0-9]*")):
         theirs = _leaves(load_config(path).model_dump(mode="json"))
         ours = _leaves(config.model_dump(mode="json"))
-        keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and key not in REPORTING | {"out"}]
+        free = REPORTING | LAYOUT | {"out"}
+        keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and key not in free]
         if keys:
             lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys]
             raise JaxptmError(

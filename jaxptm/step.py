@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxptm.objectives import Objective
+from jaxptm.optim import apply_updates
 from jaxptm.types import Array, Batch, Mean, Means, Params, TrainState
+
+NO_ROW = 2**32 - 1
+"""Number of the stream of a step's key that no row has."""
 
 Update = Callable[[TrainState, Batch], tuple[TrainState, Means]]
 
@@ -34,11 +38,12 @@ def make_update(
     """
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
-        keys = row_keys(jax.random.fold_in(key, state.step), batch, axis)
-        grads, means = gradients(objective, state.params, batch, keys, accumulate, axis)
+        step_key = jax.random.fold_in(key, state.step)
+        grads, means = gradients(objective, state.params, batch, row_keys(step_key, batch, axis), accumulate, axis)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         means["grad_norm"] = Mean(optax.tree.norm(grads), jnp.ones(()))
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), means
+        params = apply_updates(state.params, updates, jax.random.fold_in(step_key, NO_ROW))
+        return TrainState(state.step + 1, params, opt_state), means
 
     return update
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import re
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -18,24 +20,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from rich.console import Console
 
 from jaxptm.checkpoint import Checkpoints
 from jaxptm.config import TrainConfig, load_config, validate
 from jaxptm.data.batching import batches
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.evaluation import make_evaluator
+from jaxptm.hosts import is_main, together
 from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, progress_lines, read_metrics, write_results
 from jaxptm.models import family_of
-from jaxptm.models.params import abstract_params, flatten, stacked, unstacked
+from jaxptm.models.params import abstract_params, flatten, map_params, stacked, unstacked
 from jaxptm.optim import decayed_leaves, optimizer, schedule
-from jaxptm.parallel import make_mesh, matmul_ceiling, put_batch, replicated
+from jaxptm.parallel import (
+    check_tensor,
+    compile_update,
+    host_rows,
+    make_mesh,
+    mapped_axis,
+    matmul_ceiling,
+    put_batch,
+    shardings,
+)
 from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.run import Run, claim_directory, make_module, open_run, prepared_directory
 from jaxptm.step import make_update
 from jaxptm.types import Array, JaxptmError, Means, Params, TrainState
 
 log = logging.getLogger("jaxptm")
+
+Rearrange = Callable[[TrainState], TrainState]
 
 
 def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -44,8 +60,11 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
     A directory that holds checkpoints is resumed: the run ends with the parameters, bit for bit, of one that was never
     interrupted. SIGTERM and Ctrl-C save a checkpoint and return.
 
+    Every process of a run calls it (see `jaxptm.hosts`), with the same config and a directory that all of them see.
+
     Returns:
-        What `results.json` says; where a signal ended the run early, `{"finished": False, "step": ...}`.
+        What `results.json` says, on process 0; on the others, and where a signal ended the run early, whether it is
+        `finished` and the `step`.
 
     Raises:
         JaxptmError: anything that the user can mend; what was saved before stays.
@@ -54,28 +73,34 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
         config = validate(TrainConfig, dict(config), "config")
     elif not isinstance(config, TrainConfig):
         config = load_config(config)
+    loop, mode = config.train, config.parallel.mode
+    mesh = make_mesh(config.parallel, loop)
     claim_directory(config)
-    loop, mesh = config.train, make_mesh(config.parallel, config.train)
     run = open_run(config, progress=progress_lines(log.info))
+    check_tensor(mesh, run.objective.module.config)
 
     key = jax.random.key(loop.seed)
     init_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    shapes = jax.eval_shape(run.objective.init, init_key)
-    transform = optimizer(config.optimizer, run.steps, shapes)
+    params = jax.eval_shape(run.objective.init, init_key)
+    transform = optimizer(config.optimizer, run.steps, params)
     learning_rate = schedule(config.optimizer, run.steps)
-    update = jax.jit(make_update(run.objective, transform, step_key, loop.accumulate), donate_argnums=0)
-    evaluate = None if run.held_out is None else make_evaluator(run, mesh)
 
     def create(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
 
-    with Checkpoints(run.directory / "checkpoints", loop.keep) as checkpoints:
-        like = jax.tree.map(lambda leaf: leaf.update(sharding=replicated(mesh)), jax.eval_shape(create, shapes))
-        restored = checkpoints.restore(like)
+    shapes = jax.eval_shape(create, params)
+    body = make_update(run.objective, transform, step_key, loop.accumulate, mapped_axis(mesh, mode))
+    update = compile_update(body, mesh, mode, shapes)
+    evaluate = None if run.held_out is None else make_evaluator(run, mesh)
+    rows = host_rows(mesh, loop.batch_size)
+    stored_shapes, to_stored, from_stored = _stored(run, shapes, mesh)
+
+    with _explain_failures(config, mesh), Checkpoints(run.directory / "checkpoints", loop.keep) as checkpoints:
+        restored = checkpoints.restore(stored_shapes)
         if restored is None:
-            state, seconds = jax.jit(create, out_shardings=replicated(mesh))(_first_params(run, init_key)), 0.0
+            state, seconds = _first_state(run, create, init_key, mesh), 0.0
         else:
-            state, seconds = restored[0], restored[1]["seconds"]
+            state, seconds = from_stored(restored[0]), restored[1]["seconds"]
             if restored[1]["corpus"] != run.corpus:
                 raise JaxptmError(
                     f"{run.directory}: the text has changed since its checkpoints were written; put the old text "
@@ -83,17 +108,24 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
                 )
         start, meta = int(state.step), {"corpus": run.corpus}
 
-        with MetricsLog(run.directory) as metrics, TrainingProgress(run.steps, start) as progress, _Stop() as stop:
-            metrics.truncate(start)
+        console = None if is_main() else Console(quiet=True, force_terminal=False)
+        with (
+            MetricsLog(run.directory, enabled=is_main()) as metrics,
+            TrainingProgress(run.steps, start, console) as progress,
+            _Stop() as stop,
+        ):
+            with together():
+                metrics.truncate(start)
             for line in _introduction(run, state, mesh):
                 progress.print(line)
             window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
             clock = time.perf_counter() - seconds
-            for step, batch in enumerate(batches(run.train, loop.batch_size, start, run.steps - start), start + 1):
-                state, means = update(state, put_batch(mesh, batch))
+            source = batches(run.train, loop.batch_size, start, run.steps - start, rows)
+            for step, batch in enumerate(source, start + 1):
+                state, means = update(state, put_batch(mesh, batch, loop.batch_size))
                 window.add(means)
                 progress.advance(step)
-                last = step == run.steps or stop.requested
+                last = stop.requested(step) or step == run.steps
 
                 record: dict[str, float] = {}
                 if last or step % loop.log_every == 0:
@@ -109,7 +141,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
                     progress.log(step, record)
                 if last or step % loop.checkpoint_every == 0:
                     with window.paused():
-                        checkpoints.save(state, evaluation, meta | {"seconds": time.perf_counter() - clock})
+                        checkpoints.save(to_stored(state), evaluation, meta | {"seconds": time.perf_counter() - clock})
                 checkpoints.check_for_errors()
                 if last:
                     break
@@ -118,11 +150,15 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
                 progress.print(f"stopped at step {step} of {run.steps}, saved; the same command goes on from there.")
                 return {"finished": False, "step": step}
 
-        model = export(run, state.params)
-        results = _results(run, state.params, mesh, time.perf_counter() - clock)
-        written = (model, plot_curves(run.directory), write_results(run.directory, results))
-        log.info("written: %s", ", ".join(str(path) for path in written))
-        return results
+        params = _gathered(state.params)
+        with together():
+            if is_main():
+                model = export(run, params)
+                results = _results(run, params, mesh, time.perf_counter() - clock)
+                written = (model, plot_curves(run.directory), write_results(run.directory, results))
+                log.info("written: %s", ", ".join(str(path) for path in written))
+                return results
+        return {"finished": True, "step": run.steps}
 
 
 def export(run: Run, params: Params) -> Path:
@@ -142,7 +178,7 @@ def restore_model(directory: Path, step: int | None = None) -> Model:
     config = load_config(directory / "config.yaml")
     tokenizer_directory = prepared_directory(config) / "tokenizer"
     module = make_module(config, len(load_tokenizer(tokenizer_directory)))
-    shapes = abstract_params(module)
+    shapes = jax.eval_shape(unstacked, abstract_params(module))  # as they are stored
     # Only the form of its state is wanted, which the number of steps does not change.
     transform = optimizer(config.optimizer, 10**9, shapes)
     like = jax.eval_shape(lambda params: TrainState(jnp.zeros((), jnp.int32), params, transform.init(params)), shapes)
@@ -216,37 +252,121 @@ class _Window:
 
 
 class _Stop:
-    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step and save; a second one acts at once."""
+    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step and save; a second one acts at once.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Of several processes one such signal stops all, after the same step: JAX passes on a SIGTERM to any of them.
+    """
 
     def __enter__(self) -> _Stop:
+        self._noted = False
+        self._alone = jax.process_count() == 1
+        kinds = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)  # the other is JAX's
         try:
-            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
         except ValueError:  # only the main thread may listen
             self._before = {}
         return self
 
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; to be asked at every step, since all processes agree on one."""
+        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
     def _note(self, kind: int, _: FrameType | None) -> None:
-        self.requested = True
+        self._noted = True
         signal.signal(kind, self._before[signal.Signals(kind)])
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *_: object) -> None:
         for kind, handler in self._before.items():
             signal.signal(kind, handler)
 
 
-def _first_params(run: Run, key: Array) -> Params:
-    """Fresh parameters, or those of `init_from`."""
-    source = run.config.init_from
-    if source is None:
-        return run.objective.init(key)
+@contextmanager
+def _explain_failures(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+    """Says what to change where a device ran out of memory, and what to do where another process died."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+            raise JaxptmError(_memory_advice(config, mesh, error)) from error
+        if jax.process_count() > 1:
+            raise JaxptmError(
+                f"process {jax.process_index()} lost the others, most likely because one of them died "
+                f"({str(error).splitlines()[0]}). Start all of them again: the run goes on from its last checkpoint."
+            ) from error
+        raise
+
+
+def _memory_advice(config: TrainConfig, mesh: Mesh, error: Exception) -> str:
+    loop, parallel = config.train, config.parallel
+    rows = loop.batch_size // loop.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
+    advice = []
+    if rows > 1:
+        advice.append(
+            f"a larger train.accumulate (now {loop.accumulate}, which puts {rows} rows on a device at a time; the "
+            "result does not change)"
+        )
+    if parallel.remat is not True:
+        advice.append("parallel.remat=true")
+    if loop.dtype == "float32":
+        advice.append("train.dtype=bfloat16")
+    if mesh.shape["data"] > 1 and parallel.mode == "jit":
+        advice.append(
+            f"parallel.fsdp={mesh.shape['data']} parallel.data=1 (parameters and optimizer state divided, not copied)"
+        )
+    if loop.param_dtype == "float32":
+        advice.append("train.param_dtype=bfloat16")
+    tried = ", or ".join(advice) or "a smaller model or train.batch_size, or more devices"
+    return f"a device ran out of memory ({str(error).splitlines()[0][:200]}). In order of cost, try {tried}."
+
+
+def _stored(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, Rearrange, Rearrange]:
+    """How a checkpoint holds the state: one entry a layer, whether the layers are scanned or not.
+
+    Returns:
+        The shapes and shardings of what is stored, and the ways there and back.
+    """
+    stored = jax.eval_shape(partial(map_params, unstacked), shapes)
+    layout = shardings(stored, mesh)
+    placed = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), stored, layout)
+    if not run.objective.module.execution.scan:
+        return placed, lambda state: state, lambda state: state
+    there = jax.jit(partial(map_params, unstacked), out_shardings=layout)
+    back = jax.jit(partial(map_params, stacked), out_shardings=shardings(shapes, mesh), donate_argnums=0)
+    return placed, there, back
+
+
+def _first_state(run: Run, create: Callable[[Params], TrainState], key: Array, mesh: Mesh) -> TrainState:
+    """The state at step 0, made where it stays: from fresh parameters, or from those of `init_from`."""
+    if run.config.init_from is None:
+        made = partial(lambda key: create(run.objective.init(key)))
+        return jax.jit(made, out_shardings=shardings(jax.eval_shape(made, key), mesh))(key)
+    with together():
+        params = jax.device_get(_loaded_params(run, run.config.init_from))
+    params = jax.device_put(params, shardings(params, mesh))
+    return jax.jit(create, out_shardings=shardings(jax.eval_shape(create, params), mesh))(params)
+
+
+def _gathered(params: Params) -> Params:
+    """Parameters as numpy arrays on every process."""
+
+    def gather(leaf: Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(gather, params)
+
+
+def _loaded_params(run: Run, source: str) -> Params:
+    """The parameters of `init_from`, in the form that the module has."""
     module = run.objective.module
-    model = from_pretrained(source, module.task, seed=run.config.train.seed)
+    dtype = module.execution.param_dtype
+    model = from_pretrained(source, module.task, param_dtype=dtype, seed=run.config.train.seed)
     ours, theirs = (
         {path: leaf.shape for path, leaf in flatten(params).items()}
-        for params in (jax.eval_shape(lambda key: unstacked(run.objective.init(key)), key), model.params)
+        for params in (jax.eval_shape(lambda key: unstacked(run.objective.init(key)), jax.random.key(0)), model.params)
     )
     wrong = [
         f"{path} {theirs.get(path)} there, {ours.get(path)} here"
@@ -264,7 +384,8 @@ def _introduction(run: Run, state: TrainState, mesh: Mesh) -> list[str]:
     """What a user checks before letting a run go on."""
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     # One entry a kind of leaf, not a layer.
-    decayed = dict.fromkeys(re.sub(r"layer_\d+", "layer_*", path) for path in decayed_leaves(unstacked(state.params)))
+    kinds = (re.sub(r"layer_\d+", "layer_*", path) for path in decayed_leaves(jax.eval_shape(unstacked, state.params)))
+    decayed = dict.fromkeys(kinds)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     start = int(state.step)
     lines = [

@@ -20,11 +20,11 @@ from jaxptm.objectives.language import masked_language_model
 from jaxptm.ops.masking import VocabularyTables
 from jaxptm.optim import optimizer
 from jaxptm.parallel import (
-    PMAP_AXIS,
     check_tensor,
     compile_update,
     host_rows,
     make_mesh,
+    mapped_axis,
     partition,
     put_batch,
     shardings,
@@ -76,8 +76,7 @@ def run(
     layout = ParallelConfig(**{"data": 1, **parallel})
     mesh = make_mesh(layout, LoopConfig(steps=steps, batch_size=ROWS, accumulate=accumulate))
     transform = optimizer(ADAM, steps, start)
-    axis = PMAP_AXIS if layout.mode == "pmap" else None
-    update = make_update(objective, transform, jax.random.key(1), accumulate, axis)
+    update = make_update(objective, transform, jax.random.key(1), accumulate, mapped_axis(mesh, layout.mode))
 
     def create(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))

@@ -124,8 +124,8 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int, kind: signal.Signals) -> 
     """The process sends itself a signal while the batch of the given step is asked for."""
     plain = jaxptm.training.batches
 
-    def batches(source: Any, batch_size: int, start: int, steps: int) -> Any:
-        for at, batch in enumerate(plain(source, batch_size, start, steps), start + 1):
+    def batches(source: Any, batch_size: int, start: int, steps: int, rows: Any) -> Any:
+        for at, batch in enumerate(plain(source, batch_size, start, steps, rows), start + 1):
             if at == step:
                 os.kill(os.getpid(), kind)
             yield batch

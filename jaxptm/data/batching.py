@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 if TYPE_CHECKING:
     from jaxptm.data.text import TextSource
@@ -19,7 +20,7 @@ AHEAD = 8
 class _Steps:
     """Step -> batch, for Grain: it knows no epoch and keeps no place."""
 
-    def __init__(self, source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: Sequence[int]):
+    def __init__(self, source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: np.ndarray):
         self._source = source
         self._batch_size = batch_size
         self._start_step = start_step
@@ -31,11 +32,11 @@ class _Steps:
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         start = (self._start_step + int(step)) * self._batch_size
-        return self._source.rows([start + int(row) for row in self._rows])
+        return self._source.rows((start + self._rows).tolist())
 
 
 def batches(
-    source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: Sequence[int] | None = None
+    source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: Int[np.ndarray, " R"] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps `start_step` up to `start_step + steps`; rows of earlier steps are never touched.
 
@@ -44,21 +45,21 @@ def batches(
     Args:
         rows: which rows of each batch to read, for a host that needs no others (`jaxptm.parallel.host_rows`).
     """
-    rows = range(batch_size) if rows is None else rows
+    rows = np.arange(batch_size) if rows is None else rows
     dataset = grain.MapDataset.source(_Steps(source, batch_size, start_step, steps, rows))
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
     return iter(dataset.to_iter_dataset(options))
 
 
 def one_pass(
-    source: TextSource[Any], batch_size: int, limit: int | None = None, rows: Sequence[int] | None = None
+    source: TextSource[Any], batch_size: int, limit: int | None = None, rows: Int[np.ndarray, " R"] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Each row of epoch 0 once, in at most `limit` batches; the last one is filled up with rows of zeros.
 
     Args:
         rows: which rows of each batch to read, in ascending order; equally many batches come whatever they are.
     """
-    rows = range(batch_size) if rows is None else rows
+    rows = np.arange(batch_size) if rows is None else rows
     steps = -(-len(source) // batch_size)
     steps = steps if limit is None else min(steps, limit)
     for step, batch in enumerate(batches(source, batch_size, 0, steps, rows)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxptm.nn.core import stack_layers, unstack_layers
 from jaxptm.nn.text import TextModel
 from jaxptm.types import Array, Params
+
+Tree = TypeVar("Tree")
 
 
 def initialise(module: TextModel, key: Array, only: list[str] | None = None) -> Params:
@@ -49,3 +51,12 @@ def unstacked(params: Params) -> Params:
     """The same parameters with one entry a layer, whether they were stacked or not."""
     encoder = params.get("encoder", {})
     return {**params, "encoder": unstack_layers(encoder)} if "layers" in encoder else params
+
+
+def map_params(function: Callable[[Params], Params], state: Tree) -> Tree:
+    """Applies `function` to the parameters of a training state and to each tree of moments of them."""
+    return jax.tree.map(
+        lambda leaf: function(leaf) if isinstance(leaf, dict) else leaf,
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, dict),
+    )

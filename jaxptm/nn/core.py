@@ -70,13 +70,13 @@ class Execution:
     Attributes:
         dtype: of activations and matrix products; norms, softmax and logits are float32 regardless.
         param_dtype: of the stored parameters.
-        remat: recompute each layer in the backward pass.
+        remat: recompute in the backward pass all of a layer, or with "dots" all but its products with weights.
         scan: compile one layer and scan it over stacked parameters (see `stack_layers`).
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | Literal["dots"] = False
     scan: bool = False
 
 
@@ -185,7 +185,10 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L D"], ...]]:
         kind: Any = PostNormLayer if self.config.norm == "post" else PreNormLayer
         if self.execution.remat:
-            kind = nn.remat(kind, prevent_cse=not self.execution.scan)
+            policy = (
+                jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.execution.remat == "dots" else None
+            )
+            kind = nn.remat(kind, prevent_cse=not self.execution.scan, policy=policy)
         states = [x]
         if self.execution.scan:
             layers = kind(self.config, self.execution, train, name="layers")

@@ -1,16 +1,29 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import re
+import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 from corpora import english
+from fsspec.implementations.memory import MemoryFileSystem
 
+from jaxptm.config import TextData
 from jaxptm.data import sources
+from jaxptm.data.corpus import Corpus
+from jaxptm.data.prepare import prepare
 from jaxptm.data.sources import DOCUMENT_END, Source, find_sources, read_blocks, split_dataset
 from jaxptm.errors import JaxptmError
 
@@ -199,3 +212,271 @@ def test_an_unknown_dataset_is_named() -> None:
         JaxptmError, match="nobody/nothing: matches no file, and does not open as a Hugging Face dataset"
     ):
         split_dataset(find_sources("nobody/nothing")[0])
+
+
+FORMATS = ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"]
+
+
+class Bucket(MemoryFileSystem):
+    """Names files and keeps listings as cloud file systems do, and may refuse to list, open or read them."""
+
+    protocol = "bucket"
+    version: ClassVar[dict[str, object]] = {}
+    listed: ClassVar[dict[str, dict[str, Any]]] = {}
+    error: Exception | None = None
+    refused = "ls"
+    find = fsspec.AbstractFileSystem.find
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("bucket://").strip("/")
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        if self.error and self.refused == "ls":
+            raise self.error
+        return super().ls(path, detail, **kwargs)
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        if self.error and self.refused == "ls":
+            raise self.error
+        if path not in self.listed:
+            self.listed[path] = super().info(path, **kwargs) | self.version
+        return self.listed[path]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.listed.clear()
+
+    def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:
+        if self.error and self.refused == "open":
+            raise self.error
+        file = super()._open(path, mode, *args, **kwargs)
+        return Breaking(file.getvalue(), self.error) if self.error else file
+
+
+class Breaking(io.BytesIO):
+    """Its connection breaks after 500 bytes, and for good."""
+
+    def __init__(self, content: bytes, error: Exception):
+        super().__init__(content)
+        self._error = error
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() >= 500:
+            raise self._error
+        return super().readinto(memoryview(buffer)[:500])
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> type[Bucket]:
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    return Bucket
+
+
+def upload(path: Path, url: str) -> str:
+    fsspec.filesystem(url.partition(":")[0]).pipe_file(url, path.read_bytes())
+    return url
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("scheme", ["bucket", "memory", "file"])
+def test_urls_are_read_as_files_are(tmp_path: Path, bucket: type[Bucket], scheme: str, suffix: str) -> None:
+    path = write(tmp_path / f"corpus.{suffix}")
+    url = f"file://{path}" if scheme == "file" else upload(path, f"{scheme}://books/corpus.{suffix}")
+    [source] = find_sources(url)
+    assert (source.name, source.key, source.size) == (url, url, path.stat().st_size)
+    assert source.kind == find_sources(str(path))[0].kind
+    assert read(url) == DOCUMENTS
+
+
+@pytest.mark.parametrize("root", ["bucket://books", "memory://books", "file://{}"])
+def test_remote_globs_and_directories_hold_what_local_ones_hold(
+    tmp_path: Path, bucket: type[Bucket], root: str
+) -> None:
+    root = root.format(tmp_path)
+    for name in ("b.txt", "a.jsonl.gz", "deep/c.parquet", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        path = write(tmp_path / name, ["x"])
+        if not root.startswith("file"):
+            upload(path, f"{root}/{name}")
+
+    for pattern in ("", "/", "/*.txt", "/**/*.*[tz]", "/deep", "/b.txt", "/deep/*"):
+        remote = [source.name.removeprefix(root) for source in find_sources(root + pattern)]
+        local = [source.name.removeprefix(str(tmp_path)) for source in find_sources(f"{tmp_path}{pattern}")]
+        assert sorted(remote) == sorted(local), pattern
+        assert remote == sorted(remote)
+    assert len(find_sources([f"{root}/b.txt", f"{root}/*.txt", root])) == 3
+    assert len(find_sources(f"{root}//")) == 3
+    for pattern in ("/none*.txt", "/missing.txt", "/missing", "/missing/*.txt"):
+        with pytest.raises(JaxptmError, match=rf"^{re.escape(root + pattern)}: matches no "):
+            find_sources(root + pattern)
+    with pytest.raises(JaxptmError, match=r"README\.md: is not a \.txt"):
+        find_sources(f"{root}/*")
+
+
+def test_the_stamp_of_an_url_changes_with_its_content(bucket: type[Bucket], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stamp() -> list[int | str]:
+        stamps = [find_sources(pattern)[0].stamp for pattern in ("bucket://books/a.txt", "bucket://books/a.txt")]
+        assert stamps[0] == stamps[1]
+        return stamps[0]
+
+    files = fsspec.filesystem("bucket")
+    files.pipe_file("books/a.txt", b"one")
+    before = stamp()
+    files.pipe_file("books/a.txt", b"two")
+    assert stamp() != before and stamp()[0] == 3
+    monkeypatch.setattr(Bucket, "version", {"ETag": '"5f"', "created": "today", "mtime": 1.5})
+    assert stamp() == [3, '"5f"']
+    monkeypatch.setattr(Bucket, "version", {"ETag": '"5f"', "created": "tomorrow", "mtime": 2.5})
+    assert stamp() == [3, '"5f"']
+    monkeypatch.setattr(Bucket, "version", {"created": None, "shelf": 1})  # nothing known: all of it counts
+    unknown = stamp()
+    monkeypatch.setattr(Bucket, "version", {"created": None, "shelf": 2})
+    assert stamp() != unknown
+    monkeypatch.setattr(Bucket, "version", {"ETag": '"5f"', "size": None})
+    assert stamp() == ['"5f"'] and find_sources("bucket://books/a.txt")[0].size == sources.UNKNOWN_SIZE
+    assert read("bucket://books/a.txt") == [["two"]]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl.gz", "txt.zst", "parquet"])
+@pytest.mark.parametrize("refused", ["ls", "open", "read"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError("Access Denied"), "access is refused, check that your credentials allow it: Access Denied"),
+        (FileNotFoundError("books"), "matches no file."),
+        (ConnectionError("no route to host"), "cannot be read, check the address, .*: no route to host"),
+        (TimeoutError(), "cannot be read, check the address, .*: TimeoutError"),
+        (RuntimeError("token expired\nlog in"), "cannot be read, .* your credentials: token expired"),
+    ],
+)
+def test_what_a_remote_file_system_refuses_is_named(
+    tmp_path: Path,
+    bucket: type[Bucket],
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+    refused: str,
+    error: Exception,
+    message: str,
+) -> None:
+    url = upload(write(tmp_path / f"a.{suffix}"), f"bucket://books/a.{suffix}")
+    monkeypatch.setattr(Bucket, "error", error)
+    monkeypatch.setattr(Bucket, "refused", refused)
+    with pytest.raises(JaxptmError, match=rf"^{url}: {message}$"):
+        read(url)
+    if refused == "ls":  # which fsspec's `glob` and `find` would pass over
+        for pattern in ("bucket://books/*.txt", "bucket://books"):
+            with pytest.raises(JaxptmError, match=rf"^{re.escape(pattern)}: {message}$"):
+                find_sources(pattern)
+
+
+@pytest.mark.parametrize("suffix", ["txt.gz", "txt.zst", "jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("damage", ["half", "empty", "foreign"])
+def test_damaged_remote_files_are_named(tmp_path: Path, bucket: type[Bucket], suffix: str, damage: str) -> None:
+    path = write(tmp_path / f"bad.{suffix}")
+    content = path.read_bytes()
+    path.write_bytes({"half": content[: len(content) // 2], "empty": b"", "foreign": b"plain text\n" * 50}[damage])
+    url = upload(path, f"bucket://books/bad.{suffix}")
+    with pytest.raises(JaxptmError, match=rf"^{url}: cannot read it, the file may be truncated or damaged: "):
+        read(url)
+
+
+def test_remote_text_that_is_not_utf8_is_named_by_line(tmp_path: Path, bucket: type[Bucket]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"plain\ncaf\xe9\n")
+    url = upload(tmp_path / "a.txt", "bucket://books/a.txt")
+    with pytest.raises(JaxptmError, match=rf"^{url}: line 2: byte 3 of the line \(0xe9\) is not UTF-8"):
+        read(url)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "module", "package"),
+    [("gs", "gcsfs", "gcsfs"), ("s3", "s3fs", "s3fs"), ("https", "fsspec.implementations.http", "aiohttp")],
+)
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    with pytest.raises(JaxptmError) as error:
+        find_sources(f"{scheme}://bucket/*.txt")
+    message = f"{scheme}://bucket/*.txt: needs a driver that is not installed: pip install {package}."
+    assert str(error.value) == message
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(JaxptmError, match=r"^nowhere://a\.txt: cannot be read, .*: Protocol not known: nowhere"):
+        find_sources("nowhere://a.txt")
+
+
+@pytest.mark.parametrize("name", ["C://a.txt", "C:\\a.txt", "zip://a.txt::file:///books.zip"])
+def test_drive_letters_and_chains_are_no_urls(name: str) -> None:
+    with pytest.raises(JaxptmError) as error:
+        find_sources(name)
+    assert str(error.value) == f"{name}: matches no file."
+
+
+def vocabulary(path: Path) -> str:
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.!?"]))
+    return str(path)
+
+
+def prepare_by_two(url: str, directory: Path, tokenizer: str) -> tuple[list[int], list[str]]:
+    """The tokens that two processes make of an URL's text, and what the progress says."""
+    said: list[str] = []
+    data = TextData(files=url, tokenizer=tokenizer)
+    prepare(data, directory, workers=2, progress=lambda share, message: said.append(message))
+    return [int(token) for shard in Corpus.open(directory).shards for token in shard], said
+
+
+def test_two_processes_prepare_an_url(tmp_path: Path) -> None:
+    tokenizer = vocabulary(tmp_path / "vocab.txt")
+    (tmp_path / "books").mkdir()
+    for number, suffix in enumerate(FORMATS):
+        write(tmp_path / "books" / f"{number}.{suffix}", TEXTS[number * 10 : number * 10 + 10])
+    local, _ = prepare_by_two(f"{tmp_path}/books", tmp_path / "local", tokenizer)
+    remote, said = prepare_by_two(f"file://{tmp_path}/books/*", tmp_path / "remote", tokenizer)
+    assert remote == local and len(said) == len(FORMATS)
+    again, said = prepare_by_two(f"file://{tmp_path}/books/*", tmp_path / "remote", tokenizer)
+    assert again == local and not said
+    write(tmp_path / "books" / "0.txt", TEXTS[:11])
+    again, said = prepare_by_two(f"file://{tmp_path}/books/*", tmp_path / "remote", tokenizer)
+    assert len(again) > len(local)
+    assert [line.partition(": ")[0] for line in said] == [
+        "6 of 7 sources were done before",
+        f"file://{tmp_path}/books/0.txt",
+    ]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of `tmp_path`."""
+    pytest.importorskip("aiohttp", reason="fsspec reads the web with aiohttp")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_the_web_is_read(tmp_path: Path, web: str) -> None:
+    tokenizer = vocabulary(tmp_path / "vocab.txt")
+    (tmp_path / "books").mkdir()
+    for number, suffix in enumerate(FORMATS):
+        write(tmp_path / "books" / f"{number}.{suffix}", TEXTS)
+        assert read(f"{web}/books/{number}.{suffix}") == DOCUMENTS
+    assert read(f"{web}/books/0.txt?download=true") == DOCUMENTS
+    names = [f"{web}/books/{number}.{suffix}" for number, suffix in enumerate(FORMATS)]
+    for pattern in ("/books", "/books/", "/books/*"):
+        assert [source.name for source in find_sources(web + pattern)] == names
+        assert find_sources(web + pattern)[0].size == (tmp_path / "books" / "0.txt").stat().st_size
+    local, _ = prepare_by_two(f"{tmp_path}/books", tmp_path / "local", tokenizer)
+    remote, said = prepare_by_two(f"{web}/books", tmp_path / "remote", tokenizer)
+    assert remote == local and len(said) == len(FORMATS)
+    assert not prepare_by_two(f"{web}/books", tmp_path / "remote", tokenizer)[1]
+    for pattern in ("/books/none.txt", "/none", "/none/*.txt"):
+        with pytest.raises(JaxptmError, match=rf"^{re.escape(web + pattern)}: matches no file"):
+            find_sources(web + pattern)
+    with pytest.raises(JaxptmError, match=r"^http://127\.0\.0\.1:1/a\.txt: matches no file that can be read: Connect"):
+        find_sources("http://127.0.0.1:1/a.txt")
