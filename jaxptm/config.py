@@ -5,6 +5,7 @@ A key that does not exist, a wrong type or a value out of range is an error that
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,10 @@ class ObjectiveConfig(Config):
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     max_predictions: Positive | None = None
     """Static number of prediction slots a row; default `ceil(mask_probability * sequence_length)`."""
+
+    def slots(self, sequence_length: int) -> int:
+        """Prediction slots of a row of `sequence_length` tokens."""
+        return self.max_predictions or math.ceil(self.mask_probability * sequence_length)
 
 
 class OptimizerConfig(Config):

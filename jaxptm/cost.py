@@ -3,9 +3,9 @@
 Nothing here computes a model. Parameters are counted from their shapes, and activations from what `jax.vjp` of a layer
 keeps, both by tracing alone, so that a changed layer changes the estimate.
 
-What XLA makes of it is modelled, not known. For CPU it compiles steps that hold between 0.8 and 1 times the bytes estimated
-here for gradients and activations (tests/test_cost.py); GPU and TPU were not compared. On CPU, `remat` without `scan`
-saves nothing, because XLA computes all layers again before it goes backward through the first.
+What XLA makes of it is modelled, not known. For CPU it compiles steps that hold between 0.8 and 1 times the bytes that
+are estimated here for gradients and activations (tests/test_cost.py); GPU and TPU were not compared. On CPU, `remat`
+without `scan` saves nothing, because XLA computes all layers again before it goes backward through the first.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ def step_cost(
         model_flops=3 * forward,
         executed_flops=3 * forward + again,
         parameters=weights.stored,
-        optimizer=moments * weights.stored,
+        optimizer=moments * 4 / weights.itemsize * weights.stored,  # in float32, whatever the parameters are
         gradients=weights.stored * (2 if accumulate > 1 else 1),
         activations=here / accumulate * (layers * kept + ends + passing) + copies,
         traffic={
             # Parameters and moments are read and written; gradients are written, read for their norm, and read again.
-            "optimizer": (2 + 2 * moments + 3) * weights.stored,
+            "optimizer": (2 + 3 + 2 * moments * 4 / weights.itemsize) * weights.stored,
             # A product and its two gradients each touch the weights; before that they are cast.
             "weights": accumulate * weights.count * (3 * compute + (weights.itemsize + compute if cast else 0)),
             "activations": 2 * here * (layers * (full + 0.5 * (full - kept)) + ends + logits),
@@ -192,7 +192,7 @@ def step_seconds(cost: StepCost, device: Device, efficiency: Efficiency) -> floa
 
 
 def least_seconds(cost: StepCost, device: Device) -> float:
-    """Seconds below which no program gets: the slowest of the peaks, with the others hidden behind it.
+    """Seconds below which no program with these costs gets: the slowest of the peaks, the others hidden behind it.
 
     Activations are left out of the memory traffic, since a better compiler may keep fewer of them.
     """
@@ -248,7 +248,7 @@ def _weights(config: TextConfig, task: str | None, execution: Execution, fsdp: i
         axis = next((axis for end, axis in TENSOR_AXIS.items() if names[-len(end) :] == end), None)
         shape = list(leaf.shape[1:] if "layers" in names else leaf.shape)
         size = float(leaf.size)
-        if axis is not None and shape[axis] % tensor == 0:
+        if axis is not None and tensor > 1 and shape[axis] % tensor == 0:
             size /= tensor
             shape.pop(axis)
         stored += itemsize * size / max((_parts(entries, fsdp) for entries in shape), default=1)

@@ -97,7 +97,7 @@ def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> Part
     """
     axes: list[str | None] = [None] * len(shape)
     split = next((axis for end, axis in TENSOR_AXIS.items() if path[-len(end) :] == end), None)
-    if split is not None and shape[split] % mesh.shape["tensor"] == 0:
+    if split is not None and mesh.shape["tensor"] > 1 and shape[split] % mesh.shape["tensor"] == 0:
         axes[split] = "tensor"
     layers = 1 if "layers" in path else 0  # stacked layers stay whole: each is used by every device in turn
     free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % mesh.shape["fsdp"] == 0]

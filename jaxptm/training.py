@@ -26,6 +26,7 @@ from rich.console import Console
 
 from jaxptm.checkpoint import Checkpoints
 from jaxptm.config import TrainConfig, load_config, validate
+from jaxptm.cost import StepCost, format_memory, step_cost
 from jaxptm.data.batching import batches
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.evaluation import make_evaluator
@@ -392,8 +393,23 @@ def _introduction(run: Run, state: TrainState, mesh: Mesh) -> list[str]:
         f"{run.directory}: {run.objective.module.task}, {count:,} parameters, {devices}",
         f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of their tokens are not padding",
         f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
+        format_memory(_cost(run, mesh)),
     ]
     return [*lines, f"resuming at step {start} of {run.steps}"] if start else lines
+
+
+def _cost(run: Run, mesh: Mesh) -> StepCost:
+    module, data, loop = run.objective.module, run.config.data, run.config.train
+    return step_cost(
+        module.config,
+        module.task,
+        module.execution,
+        rows=loop.batch_size,
+        length=data.sequence_length,
+        predictions=run.config.objective.slots(data.sequence_length),
+        accumulate=loop.accumulate,
+        **mesh.shape,
+    )
 
 
 def _results(run: Run, params: Params, mesh: Mesh, seconds: float) -> dict[str, Any]:

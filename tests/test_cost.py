@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import bert_large_on_paper as paper
 from jaxptm.config import LoopConfig, ObjectiveConfig, ParallelConfig
 from jaxptm.cost import StepCost, format_memory, least_seconds, step_cost, step_seconds, utilisation
 from jaxptm.models.bert import PRESETS, BertConfig
@@ -28,6 +27,8 @@ from jaxptm.step import make_update
 from jaxptm.types import JaxptmError, Params, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+"""Halves the time that a step takes to compile."""
 
 
 def sizes(layers: int, width: int, vocabulary: int, **fields: Any) -> BertConfig:
@@ -86,23 +87,24 @@ def lowered(config: BertConfig, execution: Execution, rows: int, length: int, pr
     return jax.jit(function).lower(abstract_params(module), ids, positions)
 
 
-# XLA counts elementwise work as well, one operation an element and operator: norms, softmax, gelu and the random bits of
-# dropout come to some hundred operations a value of the width, where the products take 24 times the width. In the gradient
-# their share is smaller, because the random bits are drawn once.
-FLOPS = [(sizes(2, 512, 2000), 4, 64, 10), (sizes(2, 512, 2000), 2, 192, 10)]
+# XLA counts elementwise work as well, one operation an element and operator: norms, softmax, gelu and the random bits
+# of dropout come to some hundred operations a value of the width, where the products take 24 times the width. In the
+# gradient their share is smaller, because the random bits are drawn once.
+def test_flops_of_a_forward_pass_are_those_that_xla_counts() -> None:
+    config = sizes(2, 512, 2000)
+    cost = step_cost(config, "pretraining", Execution(), rows=2, length=192, predictions=10)
+    assert cost.model_flops == 3 * forward_flops(config, "pretraining", 2, 192, 10) == cost.executed_flops
+    found = lowered(config, Execution(), 2, 192, 10, gradient=False).compile().cost_analysis()["flops"]
+    assert 1 <= found / (cost.model_flops / 3) < 1.1
 
 
-@pytest.mark.parametrize(("config", "rows", "length", "predictions"), FLOPS, ids=["short", "long"])
-def test_flops_are_those_that_xla_counts(config: BertConfig, rows: int, length: int, predictions: int) -> None:
-    shape = {"rows": rows, "length": length, "predictions": predictions}
-    cost = step_cost(config, "pretraining", Execution(), **shape)
-    assert (
-        cost.model_flops == 3 * forward_flops(config, "pretraining", rows, length, predictions) == cost.executed_flops
-    )
-    forward = lowered(config, Execution(), rows, length, predictions, gradient=False).compile().cost_analysis()["flops"]
-    assert 1 <= forward / (cost.model_flops / 3) < 1.1
-    gradient = lowered(config, Execution(), rows, length, predictions, gradient=True).compile().cost_analysis()["flops"]
-    assert 1 <= gradient / cost.model_flops < 1.05
+def test_flops_and_memory_of_a_step_are_near_what_xla_says() -> None:
+    """A wide layer, so that products dominate the work, and many entries, so that logits dominate the memory."""
+    config, shape = sizes(1, 512, 30000, **NO_DROPOUT), {"rows": 32, "length": 64, "predictions": 10}
+    step = compiled_step(config, Execution(), **shape, task="masked-lm")
+    cost = step_cost(config, "masked-lm", Execution(), **shape, moments=0)
+    assert 1 <= step.cost_analysis()["flops"] / cost.executed_flops < 1.1
+    assert 0.8 < (cost.gradients + cost.activations) / step.memory_analysis().temp_size_in_bytes < 1.5
 
 
 @pytest.mark.parametrize("remat", [False, "dots", True])
@@ -115,19 +117,18 @@ def test_recomputed_flops_are_those_that_xla_is_given(remat: bool | str) -> None
 
 
 MEMORY = [
-    # layers, width, vocabulary, rows, length, predictions, remat, scan
-    (4, 128, 2000, 32, 128, 20, False, True),
-    (2, 128, 30000, 64, 64, 10, False, False),  # mostly logits
-    (4, 128, 2000, 8, 512, 77, True, True),  # mostly attention weights
-    (3, 256, 2000, 32, 128, 20, "dots", True),
+    # layers, width, vocabulary, rows, length, predictions, remat
+    (4, 128, 2000, 8, 512, 77, True),  # mostly attention weights
+    (3, 256, 2000, 32, 128, 20, "dots"),
 ]
 
 
-@pytest.mark.parametrize(("layers", "width", "vocabulary", "rows", "length", "predictions", "remat", "scan"), MEMORY)
-def test_memory_is_near_what_xla_allocates(
-    layers: int, width: int, vocabulary: int, rows: int, length: int, predictions: int, remat: Any, scan: bool
+@pytest.mark.parametrize(("layers", "width", "vocabulary", "rows", "length", "predictions", "remat"), MEMORY)
+def test_memory_of_a_step_that_recomputes_is_near_what_xla_allocates(
+    layers: int, width: int, vocabulary: int, rows: int, length: int, predictions: int, remat: Any
 ) -> None:
-    config, execution = sizes(layers, width, vocabulary), Execution(remat=remat, scan=scan)
+    dropout = NO_DROPOUT if remat == "dots" else {}
+    config, execution = sizes(layers, width, vocabulary, **dropout), Execution(remat=remat, scan=True)
     shape = {"rows": rows, "length": length, "predictions": predictions}
     memory = compiled_step(config, execution, **shape, task="masked-lm").memory_analysis()
     cost = step_cost(config, "masked-lm", execution, **shape, moments=0)
@@ -135,20 +136,18 @@ def test_memory_is_near_what_xla_allocates(
     assert 0.8 < (cost.gradients + cost.activations) / memory.temp_size_in_bytes < 1.5
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_data_parallel_steps_sum_their_gradients_once(accumulate: int) -> None:
-    config = sizes(1, 64, 1000)
-    hlo = compiled_step(config, Execution(), 16, 16, 4, accumulate, data=8).as_text()
-    cost = step_cost(
-        config, "pretraining", Execution(), rows=16, length=16, predictions=4, accumulate=accumulate, data=8
-    )
+def test_data_parallel_steps_sum_their_gradients_once() -> None:
+    config = sizes(1, 64, 1000, **NO_DROPOUT)
+    shape = {"rows": 16, "length": 16, "predictions": 4, "accumulate": 2, "data": 8}
+    hlo = compiled_step(config, Execution(), **shape, task="masked-lm").as_text()
     assert not re.findall(r" (all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", hlo)
     summed = 0
     for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", hlo):
         for kind, axes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
             summed += {"f32": 4, "u32": 4, "s32": 4}[kind] * int(np.prod([int(n) for n in axes.split(",") if n]))
+    cost = step_cost(config, "masked-lm", Execution(), **shape)
     (sent,) = cost.collectives.values()
-    assert sent == 2 * 7 / 8 * cost.gradients / accumulate  # with microbatches, their sum is held beside the newest
+    assert sent == 2 * 7 / 8 * cost.parameters
     assert sent == pytest.approx(2 * 7 / 8 * summed, rel=1e-3)  # a few metrics travel along
 
 
@@ -211,22 +210,14 @@ def test_the_line_for_people() -> None:
     assert re.fullmatch(f"memory per device, about: {parts}: {number} in all", format_memory(cost))
 
 
-@pytest.fixture(scope="module")
-def paper() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("on_paper", ROOT / "experiments" / "bert_large_on_paper.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_holds_the_tables_as_they_are_computed(paper: ModuleType) -> None:
+def test_the_page_holds_the_tables_as_they_are_computed() -> None:
     page = (ROOT / "docs" / "bert_large_on_paper.md").read_text(encoding="utf-8")
     for name, table in paper.tables().items():
         assert f"\n{table}\n" in page, f"run experiments/bert_large_on_paper.py and put in its table `{name}`"
     assert page.count("\n| --- ") == len(paper.tables())
 
 
-def test_nothing_is_expected_beyond_the_peaks(paper: ModuleType) -> None:
+def test_nothing_is_expected_beyond_the_peaks() -> None:
     for plan in paper.PLANS:
         cost = paper.cost(plan)
         least = least_seconds(cost, plan.device)
@@ -235,6 +226,6 @@ def test_nothing_is_expected_beyond_the_peaks(paper: ModuleType) -> None:
         assert step_seconds(cost, plan.device, paper.SLOW) == plan.slow
 
 
-def test_published_throughput_is_expected(paper: ModuleType) -> None:
+def test_published_throughput_is_expected() -> None:
     for plan, measured in paper.PUBLISHED:
         assert plan.rows / plan.slow == pytest.approx(measured, rel=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -29,7 +30,11 @@ def abstract_params(module: TextModel) -> Params:
 
 def _init(module: TextModel, key: Array) -> Params:
     shape = (1, 2, 8) if module.task == "multiple-choice" else (1, 8)
-    return module.init(key, jnp.zeros(shape, jnp.int32))["params"]
+    # By a scan in any case: it compiles in a time that does not grow with the layers, and a run begins with the same
+    # parameters whether it scans its layers or not.
+    scanned = module.clone(execution=replace(module.execution, scan=True, remat=False))
+    params = scanned.init(key, jnp.zeros(shape, jnp.int32))["params"]
+    return params if module.execution.scan else unstacked(params)
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +23,7 @@ def masked_language_model(
     `segment_ids` where packed documents are kept apart. Terms: `mlm_loss` (mean over predictions) and `nsp_loss` (mean
     over rows), in nats.
     """
-    slots = config.max_predictions or math.ceil(config.mask_probability * sequence_length)
+    slots = config.slots(sequence_length)
     is_special, continues_word = (jnp.asarray(table) for table in vocabulary)
 
     def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
