@@ -153,8 +153,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        died = kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+        if not died:  # else the save in progress would wait for the process that is gone
+            self.close()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(

@@ -69,7 +69,7 @@ def _reported(command: Command) -> Command:
 
 
 def _leave_peers() -> None:
-    """Ends a process of several at once: at a usual exit JAX would wait for the others, who may be waiting for this one."""
+    """Ends a process of several at once: at a usual exit JAX would wait for the others, who may wait for this one."""
     distributed = sys.modules.get("jax.distributed")
     if distributed is not None and distributed.is_initialized():
         sys.stderr.flush()
@@ -95,7 +95,12 @@ def train(
     ] = None,
     processes: Annotated[int | None, typer.Option(help="Of several processes: how many there are.")] = None,
     process: Annotated[int | None, typer.Option(help="Of several processes: which one this is, from 0.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the other processes at the start.")] = 300,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds to wait for the other processes at the start; later, up to 100, for a sign of life."
+        ),
+    ] = 300,
 ) -> None:
     """Pre-train as CONFIG says. Resumes by itself when the run directory holds a checkpoint.
 
@@ -110,6 +115,7 @@ def train(
     if peers is not None:
         if peers.index > 0:  # what all would say is said by process 0
             logging.getLogger("jaxptm").setLevel(logging.WARNING)
+        logging.getLogger("jaxptm").info("waiting for %d processes at %s", peers.count, peers.coordinator)
         join(peers, timeout)
 
     from jaxptm.training import train

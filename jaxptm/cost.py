@@ -218,7 +218,7 @@ def format_memory(cost: StepCost) -> str:
 
 def _gib(size: float) -> str:
     gib = size / 2**30
-    return f"{gib:.1f} GiB" if gib >= 0.95 else f"{size / 2**20:.0f} MiB"
+    return f"{gib:.1f} GiB" if gib >= 0.95 else f"{size / 2**20:.{0 if size >= 10 * 2**20 else 1}f} MiB"
 
 
 @dataclass(frozen=True)

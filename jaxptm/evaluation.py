@@ -49,15 +49,14 @@ def make_evaluator(run: Run, mesh: jax.sharding.Mesh) -> Callable[[Params], dict
     """A function of the parameters: `loss` and every term and score over the held-out examples, none lost."""
     assert run.held_out is not None
     loop, source = run.config.train, run.held_out
-    batch_size = loop.batch_size // loop.accumulate
-    rows = host_rows(mesh, batch_size)
+    rows = host_rows(mesh, loop.batch_size)
     key = jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)
-    step = compile_evaluate(make_evaluate(run.objective, key), mesh)
+    step = compile_evaluate(make_evaluate(run.objective, key, loop.accumulate), mesh)
 
     def evaluator(params: Params) -> dict[str, float]:
         means = None
-        for index, batch in enumerate(one_pass(source, batch_size, loop.eval_batches, rows)):
-            part = step(params, put_batch(mesh, batch, batch_size), jnp.int32(index))
+        for index, batch in enumerate(one_pass(source, loop.batch_size, loop.eval_batches, rows)):
+            part = step(params, put_batch(mesh, batch, loop.batch_size), jnp.int32(index))
             means = part if means is None else jax.tree.map(jnp.add, means, part)
         terms, scores = jax.device_get(means)
         return {"loss": float(total(terms))} | {name: float(mean.value) for name, mean in {**terms, **scores}.items()}

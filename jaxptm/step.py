@@ -80,8 +80,7 @@ def gradients(
     if accumulate == 1:
         sums = gradient(params, batch, keys, None)
     else:
-        # Strided, so that with the rows spread over devices every microbatch is spread as well.
-        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys))
+        micro = microbatches((dict(batch), keys), accumulate)
         # The weights depend on the masks alone: XLA drops the model from this pass.
         weights = over_devices(jax.tree.map(jnp.sum, jax.lax.map(lambda part: weights_of(*part), micro)))
 
@@ -95,18 +94,33 @@ def gradients(
     return grads, means
 
 
+def microbatches(rows: Any, accumulate: int) -> Any:
+    """[B, ...] -> [accumulate, B / accumulate, ...] of each array.
+
+    Strided, so that with the rows spread over devices every microbatch is spread as well.
+    """
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), rows)
+
+
 def total(terms: Means) -> Array:
     """The loss: the sum of the terms' means."""
     return sum((term.value for term in terms.values()), jnp.zeros(()))
 
 
-def make_evaluate(objective: Objective, key: Array) -> Callable[[Params, Batch, Array], tuple[Means, Means]]:
+def make_evaluate(
+    objective: Objective, key: Array, accumulate: int = 1
+) -> Callable[[Params, Batch, Array], tuple[Means, Means]]:
     """One evaluation step without dropout: (params, batch, index of the batch) -> its (terms, scores).
 
     The masks depend on (key, index, row) alone, so every evaluation asks the same questions.
+
+    Args:
+        accumulate: microbatches that the batch is worked off in; changes memory and time, not the result.
     """
 
     def evaluate(params: Params, batch: Batch, index: Array) -> tuple[Means, Means]:
-        return objective.loss(params, batch, row_keys(jax.random.fold_in(key, index), batch), train=False)
+        parts = microbatches((dict(batch), row_keys(jax.random.fold_in(key, index), batch)), accumulate)
+        means = jax.lax.map(lambda part: objective.loss(params, *part, train=False), parts)
+        return jax.tree.map(lambda sums: sums.sum(axis=0), means)
 
     return evaluate

@@ -334,7 +334,7 @@ def _stored(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, Rearr
     if not run.objective.module.execution.scan:
         return placed, lambda state: state, lambda state: state
     there = jax.jit(partial(map_params, unstacked), out_shardings=layout)
-    back = jax.jit(partial(map_params, stacked), out_shardings=shardings(shapes, mesh), donate_argnums=0)
+    back = jax.jit(partial(map_params, stacked), out_shardings=shardings(shapes, mesh))
     return placed, there, back
 
 

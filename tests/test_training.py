@@ -116,8 +116,10 @@ def state_of(config: TrainConfig) -> Any:
     import orbax.checkpoint as ocp
 
     path = Path(config.out).absolute() / "checkpoints" / str(STEPS) / "state"
-    with ocp.StandardCheckpointer() as checkpointer:
-        return jax.device_get(checkpointer.restore(path))
+    with ocp.PyTreeCheckpointer() as checkpointer:  # as numpy: the devices that saved it need not be here
+        stored = checkpointer.metadata(path).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        return checkpointer.restore(path, restore_args=arguments)
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int, kind: signal.Signals) -> None:
@@ -256,6 +258,32 @@ def test_reporting_may_change_on_resume_and_nothing_else(
     assert (home / "whole/config.yaml").read_text() == before
 
 
+def test_a_run_moves_to_other_devices(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    still = {"model__hidden_dropout_prob": 0.0, "model__attention_probs_dropout_prob": 0.0}
+    alone = config_of(home, "unmoved", **still)
+    train(alone)
+    stations: list[tuple[int, int, dict[str, Any]]] = [
+        (7, 1, {"data": 8}),
+        (12, 4, {"data": 1, "remat": "dots"}),
+        (16, 2, {"data": 2, "mode": "pmap"}),
+        (STEPS, 1, {"data": 1, "fsdp": 4, "tensor": 2, "scan": True, "remat": True}),
+    ]
+    for step, accumulate, parallel in stations:
+        config = config_of(home, "moved", parallel=parallel, train__accumulate=accumulate, **still)
+        with monkeypatch.context() as patch:
+            if step < STEPS:
+                die_at(patch, step, signal.SIGTERM)
+            assert train(config)["step"] == step
+    for name, tensor in weights(config.out).items():
+        np.testing.assert_allclose(tensor, weights(alone.out)[name], atol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state_of(config), state_of(alone))
+    moved, unmoved = (
+        {line["step"]: line for line in read_metrics(home / name / "metrics.jsonl")} for name in ("moved", "unmoved")
+    )
+    # in four microbatches, or in one
+    assert moved[12]["eval/loss"] == pytest.approx(unmoved[12]["eval/loss"], abs=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(home: Path) -> None:
     config = config_of(
         home, "diverged", optimizer__learning_rate=1e30, optimizer__clip=None, optimizer__warmup=0,
@@ -316,6 +344,8 @@ def test_a_checkpoint_is_restored_as_a_model(finished: tuple[TrainConfig, dict[s
         ({"model__hidden_size": 33}, "not a multiple of `num_attention_heads`"),
         ({"model__colour": "red"}, "model: 1 value.*\n.*colour: there is no such key"),
         ({"init_from": "/nowhere"}, "no such directory"),
+        ({"parallel": {"fsdp": 3}}, "do not divide into fsdp 3"),
+        ({"parallel": {"data": 2, "tensor": 4}}, "parallel.tensor: 4 does not divide the model's 2"),
         ({"optimizer__warmup": 100}, "optimizer.warmup is 100 steps"),
         ({"data__files": "/nowhere/*.txt"}, "/nowhere"),
         ({"model__type_vocab_size": 1}, "model.type_vocab_size: 1 is too small for data.format: pairs"),
