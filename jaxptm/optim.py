@@ -40,7 +40,7 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
         parts += [optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)]
     parts += [optax.add_decayed_weights(config.weight_decay, decayed)]
     if config.name == "lamb":
-        parts += [optax.masked(optax.scale_by_trust_ratio(), decayed)]
+        parts += [optax.masked(_scale_by_trust_ratio(), decayed)]
     return _in_float32(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
 
 
@@ -52,7 +52,7 @@ def apply_updates(params: Params, updates: Params, key: Array) -> Params:
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
 
-    def add(leaf: Array, update: Array, key: Array) -> Array:
+    def add(leaf: Any, update: Any, key: Array) -> Array:
         value = leaf.astype(jnp.float32) + update
         return _round_at_random(value, key) if leaf.dtype == jnp.bfloat16 else value
 
@@ -144,6 +144,26 @@ def _decay_mask(params: Params) -> Params:
 
 def _join(path: Any) -> str:
     return "/".join(str(part.key) for part in path)
+
+
+def _scale_by_trust_ratio() -> optax.GradientTransformation:
+    """The update of each kernel and table times norm(parameter) / norm(update), or 1 where either norm is 0.
+
+    As `optax.scale_by_trust_ratio`, but layers that are stacked for a scan have a ratio each, as they do unstacked.
+    """
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        def scale(path: Any, update: Any, param: Any) -> Array:
+            axes = tuple(range(1 if "layers" in _join(path).split("/") else 0, update.ndim))
+            of_update, of_param = (jnp.sqrt(jnp.sum(x**2, axes, keepdims=True)) for x in (update, param))
+            known = (of_update > 0) & (of_param > 0)
+            return update * jnp.where(known, of_param / jnp.where(known, of_update, 1.0), 1.0)
+
+        return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_uncorrected_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:

@@ -114,7 +114,9 @@ def test_configs_are_frozen(small: Path) -> None:
         ("data.vocab_size=100", "data: `vocab_size` is needed with `tokenizer: train`, and only there"),
         ("data.separate_documents=true", "data: `separate_documents` is for `format: packed`"),
         ("data.format=packed", "`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`"),
-        ("parallel.tensor=2", "parallel.tensor"),
+        ("parallel.tensor=0", "parallel.tensor"),
+        ("parallel.remat=some", "parallel.remat"),
+        ("parallel.mode=xmap", "parallel.mode"),
         ("data=null", "data"),
     ],
 )

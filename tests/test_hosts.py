@@ -640,8 +640,13 @@ def test_joining_leaves_nothing_to_detection(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: steps.append((given, named)))
     peers = Peers("a:1", 4, 2, (2,))
     hosts.join(peers, 7)
-    detection = {"local_device_ids": (2,), "cluster_detection_method": "deactivate", "initialization_timeout": 60}
-    assert steps == [(peers, 7), (("a:1", 4, 2), detection)]
+    expected = {
+        "local_device_ids": (2,),
+        "cluster_detection_method": "deactivate",
+        "initialization_timeout": 60,
+        "heartbeat_timeout_seconds": 10,
+    }
+    assert steps == [(peers, 7), (("a:1", 4, 2), expected)]
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jaxptm.config import OptimizerConfig
-from jaxptm.optim import decayed_leaves, optimizer, schedule
+from jaxptm.optim import apply_updates, decayed_leaves, optimizer, schedule
 from jaxptm.types import JaxptmError
 
 STEPS = 20
@@ -135,7 +135,9 @@ def test_lamb_follows_the_published_rule():
 
     def update(m, v, t, p, decay):
         direction = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6) + decay * p
-        return direction * (np.linalg.norm(p) / np.linalg.norm(direction) if decay else 1.0)
+        axes = tuple(range(1 if p.ndim == 3 else 0, p.ndim))  # stacked layers have a ratio each
+        norm, of_direction = (np.sqrt(np.square(x).sum(axes, keepdims=True)) for x in (p, direction))
+        return direction * (norm / of_direction if decay else 1.0)
 
     ours, _ = run(settings, tree(0))
     assert_close(ours, reference(settings, linear_rates(), update))
@@ -246,3 +248,56 @@ def test_no_buffer_stands_twice_in_the_state(name: str) -> None:
     config = OptimizerConfig(name=name, learning_rate=1e-3, schedule="constant")
     leaves = [leaf for leaf in jax.tree.leaves(optimizer(config, 10, params).init(params)) if leaf.ndim]
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves) == 4
+
+
+@pytest.mark.parametrize("name", ["adamw", "bert_adam", "lamb"])
+def test_stacked_layers_are_updated_as_single_ones(name: str) -> None:
+    params, grads = tree(0), tree(1)
+
+    def single(tree: dict) -> dict:
+        layers = tree["encoder"]["layers"]["mlp"]
+        apart = {f"layer_{i}": {"mlp": {key: leaf[i] for key, leaf in layers.items()}} for i in range(2)}
+        return {"encoder": apart}
+
+    def step(params: dict, grads: dict) -> dict:
+        transform = optimizer(config(name, clip=None, weight_decay=0.1), STEPS, params)
+        return transform.update(grads, transform.init(params), params)[0]
+
+    stacked = single(
+        step({"encoder": {"layers": params["encoder"]["layers"]}}, {"encoder": {"layers": grads["encoder"]["layers"]}})
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stacked, step(single(params), single(grads)))
+
+
+def test_bfloat16_parameters_keep_small_updates_on_average() -> None:
+    values = jnp.repeat(jnp.array([1.0, -1.0, 0.02, 300.0], jnp.bfloat16)[:, None], 100_000, axis=1)
+    step = 1e-3 * values.astype(jnp.float32)  # a quarter of what rounding to the nearest would lose
+    moved = apply_updates({"kernel": values}, {"kernel": step}, jax.random.key(0))["kernel"]
+    assert moved.dtype == jnp.bfloat16
+    assert bool((values + step.astype(jnp.bfloat16) == values).all())
+    for start, row in zip(values[:, 0], np.asarray(moved, np.float64), strict=True):
+        gap = float(np.spacing(np.float32(abs(start)))) * 2**16  # between neighbours in bfloat16
+        assert set(np.unique(row)) == {float(start), float(start) + np.sign(float(start)) * gap}
+        # five standard deviations of the mean
+        assert row.mean() == pytest.approx(float(start) * 1.001, abs=5 * gap / 2 / np.sqrt(len(row)))
+
+
+def test_rounding_at_random_leaves_what_is_exact_and_what_is_not_finite() -> None:
+    values = jnp.array([0.0, -0.0, 1.5, -(2.0**-120), jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16)
+    same = apply_updates({"bias": values}, {"bias": jnp.zeros(7)}, jax.random.key(1))["bias"]
+    np.testing.assert_array_equal(np.asarray(same, np.float32), np.asarray(values, np.float32))
+
+
+def test_float32_parameters_are_not_rounded() -> None:
+    params, updates = (jax.tree.map(jnp.asarray, tree(seed)) for seed in (0, 1))
+    moved = apply_updates(params, updates, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, moved, optax.apply_updates(params, updates))
+
+
+def test_moments_of_bfloat16_parameters_are_float32() -> None:
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), tree(0))
+    transform = optimizer(config(), STEPS, params)
+    state = transform.init(params)
+    updates, state = transform.update(params, state, params)
+    floats = [leaf for leaf in jax.tree.leaves((updates, state)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert floats and {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
