@@ -2,6 +2,9 @@
 
 Orbax writes each one into a temporary directory and renames it when it is whole. A list of checksums travels inside,
 so that damage that happens later (a truncated file, a bad disk) is noticed before anything is restored.
+
+In a bucket, where renaming is copying, Orbax writes a file `commit_success.txt` instead once a checkpoint is whole; and
+buckets keep checksums of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -22,10 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import SingleDeviceSharding
 
 from jaxptm.hosts import is_main, together
+from jaxptm.storage import is_remote, reachable
 from jaxptm.types import JaxptmError, TrainState
 
 logger = logging.getLogger(__name__)
@@ -44,24 +49,26 @@ class Checkpoints:
     Only saving changes what is on disk, so a run can be read while it trains.
     """
 
-    def __init__(self, directory: str | Path, keep: int) -> None:
-        """Opens `directory`, made when absent; `keep` >= 1.
+    def __init__(self, directory: str | Path | Any, keep: int) -> None:
+        """Opens `directory` (an `epath.Path` for one in a bucket), made when absent; `keep` >= 1.
 
         Raises:
-            JaxptmError: the directory cannot be made.
+            JaxptmError: the directory cannot be made or reached.
         """
-        self.directory = Path(directory).absolute()
+        self._remote = is_remote(str(directory))
+        self.directory: Path | Any = epath.Path(directory) if self._remote else Path(directory).absolute()
         self._keep = keep
         self._losses: dict[int, float] = {}
         self._damaged: list[int] = []
         self._cleared = False
         self._saving: int | None = None
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._leftovers = sorted(path for path in self.directory.iterdir() if _TEMPORARY in path.name)
+            with reachable(str(self.directory)) if self._remote else nullcontext():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._leftovers = self._unfinished()
+                self._manager = self._open()
         except OSError as error:
             raise JaxptmError(f"{self.directory}: cannot be used for checkpoints: {error.strerror}.") from error
-        self._manager = self._open()
         for step in self._manager.all_steps():
             self._note_loss(step)
 
@@ -163,7 +170,7 @@ class Checkpoints:
             preservation_policy=_NewestAndBest(self),
             lightweight_initialize=True,
             save_root_metadata=False,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(post_finalization_callback=None if self._remote else self._write_checksums),
         )
         registry = ocp.DefaultCheckpointHandlerRegistry()
         state, meta = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
@@ -185,7 +192,8 @@ class Checkpoints:
                 restored = self._manager.restore(step, args=items)
                 return restored.state, restored.meta["meta"]
         except Exception as error:
-            raise JaxptmError(f"{path}: cannot be restored though its files are whole: {_reason(error)}.") from error
+            whole = "" if self._remote else " though its files are whole"
+            raise JaxptmError(f"{path}: cannot be restored{whole}: {_reason(error)}.") from error
         shown, more = "; ".join(differences[:4]), len(differences) - 4
         raise JaxptmError(
             f"{path}: holds another model or optimizer: {shown}{f'; and {more} more' if more > 0 else ''}. "
@@ -200,7 +208,7 @@ class Checkpoints:
             steps = [candidate for candidate in steps if candidate == step]
         for candidate in steps:
             path = self.directory / str(candidate)
-            damage = _damage(path)
+            damage = None if self._remote else _damage(path)
             if damage is None:
                 return candidate
             logger.warning("%s is damaged (%s) and is passed over.", path, damage)
@@ -230,10 +238,10 @@ class Checkpoints:
         with together():
             if is_main():
                 for path in self._leftovers:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
                 for step in self._damaged:
                     path = self.directory / f"{step}.damaged"
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
                     (self.directory / str(step)).rename(path)
                 self._leftovers, self._damaged = [], []
         self._manager.reload()
@@ -263,10 +271,19 @@ class Checkpoints:
 
     def _recover(self, step: int | None) -> None:
         self._losses.pop(step, None)  # type: ignore[arg-type]
-        if is_main():
-            for path in self.directory.glob(f"{step}{_TEMPORARY}*"):
-                shutil.rmtree(path, ignore_errors=True)
-        self._manager.reload()
+        with suppress(Exception):  # a bucket out of reach; the error that brought us here is the one to tell
+            if is_main():
+                for path in self._unfinished():
+                    if path.name.partition(".")[0] == str(step):
+                        _remove(path)
+            self._manager.reload()
+
+    def _unfinished(self) -> list[Path | Any]:
+        """What saves that were killed, or have failed, left behind."""
+        found = sorted(self.directory.iterdir()) if self.directory.exists() else []  # buckets know no empty directory
+        if self._remote:
+            return [path for path in found if path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path)]
+        return [path for path in found if _TEMPORARY in path.name]
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -278,6 +295,14 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         newest = {info.step for info in checkpoints[-self._checkpoints._keep :]}
         return [info.step in newest or info.step == self._checkpoints.best_step for info in checkpoints]
+
+
+def _remove(path: Path | Any) -> None:
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(Exception):  # each driver raises its own kinds
+            path.rmtree()
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -208,14 +208,15 @@ def convert(
 ) -> None:
     """Convert weights between Hugging Face directories, Orbax, and the checkpoints of a run."""
     from jaxptm.pretrained import from_pretrained
+    from jaxptm.storage import is_remote
     from jaxptm.training import restore_model
 
     if to not in ("hf", "orbax"):
         raise JaxptmError(f"--to {to}: write hf or orbax.")
-    is_run = (Path(source) / "checkpoints").is_dir()
+    is_run = is_remote(source) or (Path(source) / "checkpoints").is_dir()
     if step is not None and not is_run:
         raise JaxptmError(f"--step is for run directories; {source} holds no checkpoints/.")
-    model = restore_model(Path(source), step) if is_run else from_pretrained(source, "auto")
+    model = restore_model(source, step) if is_run else from_pretrained(source, "auto")
     (model.save_pretrained if to == "hf" else model.save_orbax)(target)
     print(f"{target}: {model.family.architectures[model.task]}, {to}")
 

@@ -33,7 +33,8 @@ class TextData(Config):
     """A text corpus and how examples are cut from it."""
 
     files: str | list[str]
-    """Paths or globs (`.txt`, `.jsonl`, both also `.gz` or `.zst`, `.parquet`), or names of Hugging Face datasets."""
+    """Paths, URLs (`gs://`, `s3://`, `https://`) or globs of both (`.txt`, `.jsonl`, both also `.gz` or `.zst`,
+    `.parquet`), or names of Hugging Face datasets."""
     eval_files: str | list[str] | None = None
     """Held-out text, in the same forms. Without it `eval_fraction` of the documents of `files` is held out."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
@@ -53,7 +54,8 @@ class TextData(Config):
     separate_documents: bool = False
     """`packed` only: tokens of one document do not attend to those of another in the same row."""
     prepared: str | None = None
-    """Directory of the token shards; default `<parent of out>/prepared/<fingerprint>`."""
+    """Directory of the token shards, on a local disk; default `<parent of out>/prepared/<fingerprint>`, and for an
+    `out` in a bucket `runs/remote/prepared/<fingerprint>`."""
 
     @model_validator(mode="after")
     def _check(self) -> TextData:
@@ -162,7 +164,7 @@ class TrainConfig(Config):
     init_from: str | None = None
     """Weights to start from: a Hugging Face directory or hub name, or `model/` of a run."""
     out: str
-    """The run directory."""
+    """The run directory; it may be one in a bucket, `gs://bucket/runs/name`."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

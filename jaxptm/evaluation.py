@@ -16,6 +16,7 @@ from jaxptm.parallel import check_tensor, compile_evaluate, host_rows, make_mesh
 from jaxptm.pretrained import from_pretrained
 from jaxptm.run import Run, open_run
 from jaxptm.step import make_evaluate, total
+from jaxptm.storage import Mirror, is_remote
 from jaxptm.types import JaxptmError, Params
 
 EVALUATION = 2
@@ -26,13 +27,15 @@ def evaluate(path: str | Path, config: TrainConfig) -> dict[str, Any]:
     """Measures a model on the held-out data of `config`.
 
     Args:
-        path: a run directory (its `model/` is taken), a Hugging Face directory or a hub name.
+        path: a run directory or its URL (its `model/` is taken), a Hugging Face directory or a hub name.
         config: says the data, the objective and the masks (`train.seed`).
 
     Raises:
         JaxptmError: the config holds nothing out, or the model does not fit it.
     """
-    if (Path(path) / "model").is_dir():
+    if is_remote(str(path)):
+        path = Mirror(str(path)).pull("model")
+    elif (Path(path) / "model").is_dir():
         path = Path(path) / "model"
     model = from_pretrained(path, config.objective.name, dtype=config.train.dtype)
     run = open_run(config, module=model.module)

@@ -23,6 +23,7 @@ from jaxptm.objectives import Objective
 from jaxptm.objectives.language import masked_language_model
 from jaxptm.ops.masking import vocabulary_tables
 from jaxptm.pretrained import check_vocabulary, model_config
+from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
 from jaxptm.types import JaxptmError
 
 REPORTING = {"train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "train.keep"}
@@ -36,7 +37,8 @@ class Run:
     """A training config with everything it names opened.
 
     Attributes:
-        directory: where the run writes.
+        directory: where the run writes; for a remote `out`, what is copied there.
+        checkpoints: their directory, which may be remote.
         tokenizer_directory: tokenizer files, to be saved with the model.
         objective: what is learned, and by which module.
         train: examples by index, without end.
@@ -47,6 +49,7 @@ class Run:
 
     config: TrainConfig
     directory: Path
+    checkpoints: Path | Any
     tokenizer_directory: Path
     objective: Objective
     train: SentencePairs | PackedSentences
@@ -119,7 +122,8 @@ def _open(config: TrainConfig, module: TextModel | None, prepared: Path) -> Run:
     steps = config.train.steps or math.ceil((config.train.epochs or 0) * len(source) / config.train.batch_size)
     return Run(
         config=config,
-        directory=Path(config.out),
+        directory=local_directory(config.out),
+        checkpoints=checkpoint_directory(config.out),
         tokenizer_directory=tokenizer_directory,
         objective=objective,
         train=source,
@@ -142,26 +146,39 @@ def make_module(config: TrainConfig, vocab_size: int) -> TextModel:
 
 
 def prepared_directory(config: TrainConfig) -> Path:
-    """Where the token shards lie: `data.prepared`, or beside the run under a name made from the data keys."""
-    if config.data.prepared is not None:
-        return Path(config.data.prepared)
-    return Path(config.out).parent / "prepared" / _fingerprint(config.data)
-
-
-def claim_directory(config: TrainConfig) -> None:
-    """Writes `config.yaml` into the run directory, or checks the one that is there once something has been saved.
+    """Where the token shards lie: `data.prepared`, or beside the run's files under a name made from the data keys.
 
     Raises:
-        JaxptmError: the directory belongs to another config; every key that differs is named.
+        JaxptmError: `data.prepared` is an URL.
     """
+    if config.data.prepared is None:
+        return local_directory(config.out).parent / "prepared" / _fingerprint(config.data)
+    if is_remote(config.data.prepared):
+        raise JaxptmError(f"data.prepared: {config.data.prepared} has to be a local directory, which can be mapped.")
+    return Path(config.data.prepared)
+
+
+def claim_directory(config: TrainConfig) -> Mirror:
+    """Writes `config.yaml` into the run directory, or checks the one that is there once something has been saved.
+
+    Of a remote run, what it has written so far is brought here first.
+
+    Raises:
+        JaxptmError: the directory belongs to another config; every key that differs is named. Or it is out of reach.
+    """
+    checkpoints, mirror = checkpoint_directory(config.out), Mirror(config.out)
     with together():
         if is_main():
-            _claim(Path(config.out), config)
+            for name in ("config.yaml", "metrics.jsonl"):
+                mirror.pull(name, missing_ok=True)
+            _claim(mirror.local, checkpoints, config)
+            mirror.push()
+    return mirror
 
 
-def _claim(directory: Path, config: TrainConfig) -> None:
+def _claim(directory: Path, checkpoints: Path | Any, config: TrainConfig) -> None:
     path = directory / "config.yaml"
-    if path.exists() and any((directory / "checkpoints").glob("[0-9]*")):
+    if path.exists() and any(checkpoints.glob("[0-9]*")):
         theirs = _leaves(load_config(path).model_dump(mode="json"))
         ours = _leaves(config.model_dump(mode="json"))
         free = REPORTING | LAYOUT | {"out"}
@@ -169,7 +186,7 @@ def _claim(directory: Path, config: TrainConfig) -> None:
         if keys:
             lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys]
             raise JaxptmError(
-                "\n".join([f"{directory} belongs to a run with another config; choose another `out`:", *lines])
+                "\n".join([f"{checkpoints.parent} belongs to a run with another config; choose another `out`:", *lines])
             )
     directory.mkdir(parents=True, exist_ok=True)
     partial = path.with_name("config.yaml.partial")

@@ -48,6 +48,7 @@ from jaxptm.parallel import (
 from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.run import Run, claim_directory, make_module, open_run, prepared_directory
 from jaxptm.step import make_update
+from jaxptm.storage import Mirror, checkpoint_directory
 from jaxptm.types import Array, JaxptmError, Means, Params, TrainState
 
 log = logging.getLogger("jaxptm")
@@ -76,7 +77,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
         config = load_config(config)
     loop, mode = config.train, config.parallel.mode
     mesh = make_mesh(config.parallel, loop)
-    claim_directory(config)
+    mirror = claim_directory(config)
     run = open_run(config, progress=progress_lines(log.info))
     check_tensor(mesh, run.objective.module.config)
 
@@ -96,7 +97,13 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
     rows = host_rows(mesh, loop.batch_size)
     stored_shapes, to_stored, from_stored = _stored(run, shapes, mesh)
 
-    with _explain_failures(config, mesh), Checkpoints(run.directory / "checkpoints", loop.keep) as checkpoints:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not is_main():
+        console = Console(quiet=True, force_terminal=False)
+    for line in _introduction(run, params, mesh):
+        console.print(line, markup=False)
+
+    with _explain_failures(config, mesh), Checkpoints(run.checkpoints, loop.keep) as checkpoints:
         restored = checkpoints.restore(stored_shapes)
         if restored is None:
             state, seconds = _first_state(run, create, init_key, mesh), 0.0
@@ -104,12 +111,11 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
             state, seconds = from_stored(restored[0]), restored[1]["seconds"]
             if restored[1]["corpus"] != run.corpus:
                 raise JaxptmError(
-                    f"{run.directory}: the text has changed since its checkpoints were written; put the old text "
+                    f"{config.out}: the text has changed since its checkpoints were written; put the old text "
                     "back, or choose another `out`."
                 )
         start, meta = int(state.step), {"corpus": run.corpus}
 
-        console = None if is_main() else Console(quiet=True, force_terminal=False)
         with (
             MetricsLog(run.directory, enabled=is_main()) as metrics,
             TrainingProgress(run.steps, start, console) as progress,
@@ -117,8 +123,8 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
         ):
             with together():
                 metrics.truncate(start)
-            for line in _introduction(run, state, mesh):
-                progress.print(line)
+            if start:
+                progress.print(f"resuming at step {start} of {run.steps}")
             window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
             clock = time.perf_counter() - seconds
             source = batches(run.train, loop.batch_size, start, run.steps - start, rows)
@@ -142,6 +148,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
                     progress.log(step, record)
                 if last or step % loop.checkpoint_every == 0:
                     with window.paused():
+                        mirror.try_push()  # first, so that no checkpoint knows of steps that the metrics do not
                         checkpoints.save(to_stored(state), evaluation, meta | {"seconds": time.perf_counter() - clock})
                 checkpoints.check_for_errors()
                 if last:
@@ -149,14 +156,18 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
             checkpoints.wait()
             if int(state.step) < run.steps:
                 progress.print(f"stopped at step {step} of {run.steps}, saved; the same command goes on from there.")
-                return {"finished": False, "step": step}
 
+        if int(state.step) < run.steps:
+            with together():
+                mirror.push()
+            return {"finished": False, "step": step}
         params = _gathered(state.params)
         with together():
             if is_main():
                 model = export(run, params)
                 results = _results(run, params, mesh, time.perf_counter() - clock)
                 written = (model, plot_curves(run.directory), write_results(run.directory, results))
+                mirror.push()
                 log.info("written: %s", ", ".join(str(path) for path in written))
                 return results
         return {"finished": True, "step": run.steps}
@@ -170,25 +181,24 @@ def export(run: Run, params: Params) -> Path:
     return run.directory / "model"
 
 
-def restore_model(directory: Path, step: int | None = None) -> Model:
-    """The model of a run's newest checkpoint, or of the one at `step`.
+def restore_model(directory: str | Path, step: int | None = None) -> Model:
+    """The model of the newest checkpoint of a run (its directory, or URL), or of the one at `step`.
 
     Raises:
         JaxptmError: the directory holds no such checkpoint, or its tokenizer has been moved away.
     """
-    config = load_config(directory / "config.yaml")
+    config = load_config(Mirror(str(directory)).pull("config.yaml"))
+    directory = checkpoint_directory(str(directory))
     tokenizer_directory = prepared_directory(config) / "tokenizer"
     module = make_module(config, len(load_tokenizer(tokenizer_directory)))
     shapes = jax.eval_shape(unstacked, abstract_params(module))  # as they are stored
     # Only the form of its state is wanted, which the number of steps does not change.
     transform = optimizer(config.optimizer, 10**9, shapes)
     like = jax.eval_shape(lambda params: TrainState(jnp.zeros((), jnp.int32), params, transform.init(params)), shapes)
-    with Checkpoints(directory / "checkpoints", config.train.keep) as checkpoints:
+    with Checkpoints(directory, config.train.keep) as checkpoints:
         restored = checkpoints.restore(like, step)
     if restored is None:
-        raise JaxptmError(
-            f"{directory / 'checkpoints'}: holds no checkpoint{'' if step is None else f' of step {step}'}."
-        )
+        raise JaxptmError(f"{directory}: holds no checkpoint{'' if step is None else f' of step {step}'}.")
     return Model(family_of(module.config), module.config, module.task, module, restored[0].params, tokenizer_directory)
 
 
@@ -238,7 +248,7 @@ class _Window:
                 if not np.isfinite(means[name].total):
                     raise JaxptmError(
                         f"step {self._step}: the {name} is {means[name].total}. Earlier checkpoints are kept in "
-                        f"{self._run.directory / 'checkpoints'}; lower optimizer.learning_rate, lengthen "
+                        f"{self._run.checkpoints}; lower optimizer.learning_rate, lengthen "
                         "optimizer.warmup or tighten optimizer.clip, and start in another `out`."
                     )
             self._timed += 1
@@ -381,21 +391,19 @@ def _loaded_params(run: Run, source: str) -> Params:
     return stacked(model.params) if module.execution.scan else model.params
 
 
-def _introduction(run: Run, state: TrainState, mesh: Mesh) -> list[str]:
+def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
     """What a user checks before letting a run go on."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     # One entry a kind of leaf, not a layer.
-    kinds = (re.sub(r"layer_\d+", "layer_*", path) for path in decayed_leaves(jax.eval_shape(unstacked, state.params)))
+    kinds = (re.sub(r"layer_\d+", "layer_*", path) for path in decayed_leaves(jax.eval_shape(unstacked, params)))
     decayed = dict.fromkeys(kinds)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    start = int(state.step)
-    lines = [
-        f"{run.directory}: {run.objective.module.task}, {count:,} parameters, {devices}",
+    return [
+        f"{run.checkpoints.parent}: {run.objective.module.task}, {count:,} parameters, {devices}",
         f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of their tokens are not padding",
         f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
         format_memory(_cost(run, mesh)),
     ]
-    return [*lines, f"resuming at step {start} of {run.steps}"] if start else lines
 
 
 def _cost(run: Run, mesh: Mesh) -> StepCost:

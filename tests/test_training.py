@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -307,7 +308,14 @@ def test_another_road_through_the_options(home: Path, finished: tuple[TrainConfi
         data__format="packed",
         data__separate_documents=True,
         optimizer={"name": "lamb", "learning_rate": 1e-3, "schedule": "inverse_sqrt", "warmup": 0.25},
-        train={"epochs": 0.5, "batch_size": 8, "accumulate": 2, "dtype": "bfloat16", "eval_batches": None},
+        train={
+            "epochs": 0.5,
+            "batch_size": 8,
+            "accumulate": 2,
+            "dtype": "bfloat16",
+            "param_dtype": "bfloat16",
+            "eval_batches": None,
+        },
         parallel={"data": 2, "scan": True, "remat": True},
     )
     results = train(config)
@@ -356,3 +364,23 @@ def test_what_does_not_fit_is_said_before_the_first_step(home: Path, changes: di
     config = config_of(home, f"bad_{abs(hash(message))}", **changes)
     with pytest.raises(JaxptmError, match=f"(?s){message}"):
         train(config)
+
+
+def test_running_out_of_memory_says_what_to_change(home: Path, finished: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config_of(home, "huge", train__batch_size=2**8, model__intermediate_size=2**18)
+    script = (
+        "import resource, sys\n"
+        "import jax\n"
+        "jax.devices()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30,) * 2)\n"  # the step wants some 70 GiB
+        "from jaxptm import cli\n"
+        f"sys.argv[1:] = ['train', {str(home / 'huge.yaml')!r}]\n"
+        "cli.main()\n"
+    )
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert died.returncode == 1
+    estimate, error = died.stderr.strip().splitlines()[-2:]
+    assert re.match(r"memory per device, about: parameters .* activations [6-9]\d\.\d GiB", estimate)
+    assert error.startswith("error: a device ran out of memory (RESOURCE_EXHAUSTED")
+    assert "train.accumulate (now 1, which puts 256 rows on a device at a time" in error
+    assert "parallel.remat=true, or train.dtype=bfloat16" in error
