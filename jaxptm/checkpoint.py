@@ -62,13 +62,11 @@ class Checkpoints:
         self._damaged: list[int] = []
         self._cleared = False
         self._saving: int | None = None
-        try:
-            with reachable(str(self.directory)) if self._remote else nullcontext():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._leftovers = self._unfinished()
-                self._manager = self._open()
-        except OSError as error:
-            raise JaxptmError(f"{self.directory}: cannot be used for checkpoints: {error.strerror}.") from error
+        with together(), self._usable():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._leftovers = self._unfinished()
+        with self._usable():
+            self._manager = self._open()
         for step in self._manager.all_steps():
             self._note_loss(step)
 
@@ -164,6 +162,14 @@ class Checkpoints:
         died = kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1
         if not died:  # else the save in progress would wait for the process that is gone
             self.close()
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            with reachable(str(self.directory)) if self._remote else nullcontext():
+                yield
+        except OSError as error:
+            raise JaxptmError(f"{self.directory}: cannot be used for checkpoints: {error.strerror}.") from error
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(

@@ -58,6 +58,10 @@ def _reported(command: Command) -> Command:
         except BrokenPipeError:  # the reader, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            _leave_peers()
+            raise typer.Exit(130) from None
         except Exception as error:
             if "--debug" in sys.argv:
                 raise

@@ -164,7 +164,7 @@ def step_cost(
         executed_flops=3 * forward + again,
         parameters=weights.stored,
         optimizer=moments * 4 / weights.itemsize * weights.stored,  # in float32, whatever the parameters are
-        gradients=weights.stored * (2 if accumulate > 1 else 1),
+        gradients=4 / weights.itemsize * weights.stored * (2 if accumulate > 1 else 1),
         activations=here / accumulate * (layers * kept + ends + passing) + copies,
         traffic={
             # Parameters and moments are read and written; gradients are written, read for their norm, and read again.
@@ -338,14 +338,16 @@ def _collectives(
     """Bytes that a device sends; `activations` are those that are summed over `tensor`."""
     compute = jnp.dtype(execution.dtype).itemsize
     sent: dict[str, float] = {}
-    if data > 1 and fsdp == tensor == 1:  # the step itself sums, once and in the type of the parameters
-        sent["gradients summed over data"] = _ring(data) * weights.stored
+    if data > 1 and fsdp == tensor == 1:  # the step itself sums, once and in float32
+        sent["gradients summed over data"] = _ring(data) * weights.stored * 4 / weights.itemsize
     elif data > 1:  # XLA sums, after every microbatch and in the type of the products
         sent["gradients summed over data"] = accumulate * _ring(data) * weights.count * compute / fsdp
     if fsdp > 1:
-        # A scan gathers a layer again for its backward pass, as does remat.
+        # A scan gathers a layer again for its backward pass, as does remat; and it gathers for every microbatch, where
+        # XLA gathers unrolled layers once a step and keeps them.
         gathered = weights.count + (weights.in_layers if execution.scan or execution.remat else 0.0)
-        sent["parameters gathered over fsdp"] = accumulate * _ring(fsdp) / 2 * gathered * compute
+        times = accumulate if execution.scan else 1
+        sent["parameters gathered over fsdp"] = times * _ring(fsdp) / 2 * gathered * compute
         sent["gradients scattered over fsdp"] = accumulate * _ring(fsdp) / 2 * weights.count * compute
     if tensor > 1:
         sent["activations summed over tensor"] = _ring(tensor) * activations

@@ -60,7 +60,8 @@ def find_peers(
     coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS") or None
     # In this order: mpirun has srun start its daemons, and srun may speak MPICH's language.
     launched = _open_mpi(environ) or _slurm(environ) or _mpich(environ)
-    if launched is None and None in (coordinator, count, index):
+    on_tpu = "tpu" in (environ.get("JAX_PLATFORMS") or "tpu")
+    if launched is None and on_tpu and None in (coordinator, count, index):
         launched = _tpu(environ)
     if launched is None and (coordinator, count, index) == (None, None, None):
         return None

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxptm.config import LoopConfig, ParallelConfig
@@ -73,9 +73,30 @@ def make_mesh(config: ParallelConfig, train: LoopConfig) -> Mesh:
             f"{data * config.fsdp} devices (data {data} x fsdp {config.fsdp}); change train.batch_size, "
             "train.accumulate, parallel.data or parallel.fsdp."
         )
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
-    )
+    arranged = _arrange((data, config.fsdp, config.tensor), devices[:count], config.mode)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arrange(shape: tuple[int, int, int], devices: list[jax.Device], mode: str) -> np.ndarray:
+    """Devices by mesh position: on TPU neighbours of an axis are neighbours in the torus, slices lie along data."""
+    if devices[0].platform != "tpu" or mode == "pmap":  # pmap maps over devices in this order
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise JaxptmError(
+            f"parallel.data: {shape[0]} does not divide over {slices} TPU slices, which only the rows may go across; "
+            "change parallel.fsdp or parallel.tensor."
+        )
+    try:
+        if slices > 1:
+            inside = (shape[0] // slices, *shape[1:])
+            return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        raise JaxptmError(
+            f"parallel: data {shape[0]} x fsdp {shape[1]} x tensor {shape[2]} does not fit the torus of these "
+            f"{len(devices)} TPU devices ({error}); choose divisors of its sides."
+        ) from error
 
 
 def check_tensor(mesh: Mesh, config: TransformerConfig) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxptm.config import ParallelConfig, TextData, TrainConfig, dump_config, load_config
-from jaxptm.data.corpus import Corpus
+from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.prepare import Progress, prepare
 from jaxptm.data.text import PackedSentences, SentencePairs
 from jaxptm.data.tokenizer import load_tokenizer, special_tokens
@@ -70,8 +72,14 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
     """
     prepared = prepared_directory(config)
     with together():
-        if is_main():  # the other processes wait, and find it done, or do the same on a disk of their own
-            prepare(config.data, prepared, progress=progress)
+        if is_main():  # the other processes wait
+            _prepare(config, prepared, progress)
+    machines, manifests = exchange(socket.gethostname()), exchange(_fingerprint_of(prepared / "manifest.json"))
+    with together():
+        # Machines that do not see what process 0 has made do the same, by their first process each.
+        first = machines.index(socket.gethostname()) == jax.process_index()
+        if first and manifests[jax.process_index()] != manifests[0]:
+            _prepare(config, prepared, None)
     with together():
         run = _open(config, module, prepared)
     if len(set(exchange(run.corpus))) > 1:
@@ -79,11 +87,13 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
     return run
 
 
-def _open(config: TrainConfig, module: TextModel | None, prepared: Path) -> Run:
-    data = config.data
-    manifest = prepare(data, prepared)
-    if manifest is None:
+def _prepare(config: TrainConfig, prepared: Path, progress: Progress | None) -> None:
+    if prepare(config.data, prepared, progress=progress) is None:
         raise JaxptmError(f"{prepared}: other hosts are still preparing their files; start again when they are done.")
+
+
+def _open(config: TrainConfig, module: TextModel | None, prepared: Path) -> Run:
+    data, manifest = config.data, Manifest.load(prepared)
     tokenizer_directory = prepared / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_directory)
     if tokenizer.mask_token_id is None:
@@ -128,7 +138,7 @@ def _open(config: TrainConfig, module: TextModel | None, prepared: Path) -> Run:
         objective=objective,
         train=source,
         held_out=None if held_out is None else examples(held_out, seed),
-        corpus=_hash([manifest.tokenizer, *((split, manifest.total("tokens", split)) for split in manifest.splits)]),
+        corpus=_hash([manifest.tokenizer, *(_counts(manifest, split) for split in manifest.splits)]),
         steps=steps,
     )
 
@@ -198,6 +208,16 @@ def _fingerprint(data: TextData) -> str:
     keys = ("files", "eval_files", "text_field", "tokenizer", "vocab_size", "lowercase")
     content = {key: value for key, value in data.model_dump().items() if key in keys}
     return _hash(content)
+
+
+def _counts(manifest: Manifest, split: str) -> list[Any]:
+    """What tells one text from another, wherever its files lie."""
+    shards = manifest.splits[split]
+    return [split, [(shard.documents, shard.sentences, shard.tokens, shard.bytes, shard.max_token) for shard in shards]]
+
+
+def _fingerprint_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _hash(content: Any) -> str:

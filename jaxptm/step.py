@@ -60,7 +60,7 @@ def row_keys(key: Array, batch: Batch, axis: str | None = None) -> Array:
 def gradients(
     objective: Objective, params: Params, batch: Batch, keys: Array, accumulate: int, axis: str | None = None
 ) -> tuple[Params, Means]:
-    """The gradient of the loss over the whole batch, and the batch's means with `loss` among them."""
+    """The gradient of the loss over the whole batch, in float32, and the batch's means with `loss` among them."""
 
     def over_devices(sums: Any) -> Any:
         return sums if axis is None else jax.lax.psum(sums, axis)
@@ -76,7 +76,10 @@ def gradients(
         loss = total({name: Mean(term.total, weights[name]) for name, term in terms.items()})
         return loss, {**terms, **scores, "loss": Mean(loss, jnp.zeros(()))}
 
-    gradient = jax.grad(value, has_aux=True)
+    def gradient(*arguments: Any) -> tuple[Params, Means]:
+        grads, means = jax.grad(value, has_aux=True)(*arguments)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads), means  # also of bfloat16 parameters
+
     if accumulate == 1:
         sums = gradient(params, batch, keys, None)
     else:

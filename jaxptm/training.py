@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +76,11 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
         config = validate(TrainConfig, dict(config), "config")
     elif not isinstance(config, TrainConfig):
         config = load_config(config)
+    with _explain_failures(config):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> dict[str, Any]:
     loop, mode = config.train, config.parallel.mode
     mesh = make_mesh(config.parallel, loop)
     mirror = claim_directory(config)
@@ -103,7 +109,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
     for line in _introduction(run, params, mesh):
         console.print(line, markup=False)
 
-    with _explain_failures(config, mesh), Checkpoints(run.checkpoints, loop.keep) as checkpoints:
+    with Checkpoints(run.checkpoints, loop.keep) as checkpoints:
         restored = checkpoints.restore(stored_shapes)
         if restored is None:
             state, seconds = _first_state(run, create, init_key, mesh), 0.0
@@ -116,13 +122,10 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
                 )
         start, meta = int(state.step), {"corpus": run.corpus}
 
-        with (
-            MetricsLog(run.directory, enabled=is_main()) as metrics,
-            TrainingProgress(run.steps, start, console) as progress,
-            _Stop() as stop,
-        ):
-            with together():
-                metrics.truncate(start)
+        with together():
+            metrics = MetricsLog(run.directory, enabled=is_main())
+            metrics.truncate(start)
+        with metrics, TrainingProgress(run.steps, start, console) as progress, _Stop() as stop:
             if start:
                 progress.print(f"resuming at step {start} of {run.steps}")
             window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
@@ -199,6 +202,7 @@ def restore_model(directory: str | Path, step: int | None = None) -> Model:
         restored = checkpoints.restore(like, step)
     if restored is None:
         raise JaxptmError(f"{directory}: holds no checkpoint{'' if step is None else f' of step {step}'}.")
+    module = module.clone(execution=replace(module.execution, scan=False))  # as the parameters are stored
     return Model(family_of(module.config), module.config, module.task, module, restored[0].params, tokenizer_directory)
 
 
@@ -294,24 +298,28 @@ class _Stop:
 
 
 @contextmanager
-def _explain_failures(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
+def _explain_failures(config: TrainConfig) -> Iterator[None]:
     """Says what to change where a device ran out of memory, and what to do where another process died."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-            raise JaxptmError(_memory_advice(config, mesh, error)) from error
-        if jax.process_count() > 1:
+        reason = str(error).splitlines()[0][:300]
+        if re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+            raise JaxptmError(_memory_advice(config, reason)) from error
+        if jax.process_count() > 1 and re.search(
+            "UNAVAILABLE|DEADLINE_EXCEEDED|[Gg]loo|NCCL|[Cc]onnection", str(error)
+        ):
             raise JaxptmError(
-                f"process {jax.process_index()} lost the others, most likely because one of them died "
-                f"({str(error).splitlines()[0]}). Start all of them again: the run goes on from its last checkpoint."
+                f"process {jax.process_index()} lost the others, most likely because one of them died ({reason}). "
+                "Start all of them again: the run goes on from its last checkpoint."
             ) from error
         raise
 
 
-def _memory_advice(config: TrainConfig, mesh: Mesh, error: Exception) -> str:
+def _memory_advice(config: TrainConfig, reason: str) -> str:
     loop, parallel = config.train, config.parallel
-    rows = loop.batch_size // loop.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
+    shared = (parallel.data or jax.device_count() // (parallel.fsdp * parallel.tensor)) * parallel.fsdp
+    rows = loop.batch_size // loop.accumulate // shared
     advice = []
     if rows > 1:
         advice.append(
@@ -320,16 +328,16 @@ def _memory_advice(config: TrainConfig, mesh: Mesh, error: Exception) -> str:
         )
     if parallel.remat is not True:
         advice.append("parallel.remat=true")
-    if loop.dtype == "float32":
-        advice.append("train.dtype=bfloat16")
-    if mesh.shape["data"] > 1 and parallel.mode == "jit":
+    if shared > parallel.fsdp and parallel.mode == "jit":
         advice.append(
-            f"parallel.fsdp={mesh.shape['data']} parallel.data=1 (parameters and optimizer state divided, not copied)"
+            f"parallel.fsdp={shared} parallel.data=1 (parameters and optimizer state divided among the devices)"
         )
-    if loop.param_dtype == "float32":
-        advice.append("train.param_dtype=bfloat16")
+    if loop.dtype == "float32":
+        advice.append("train.dtype=bfloat16 (in another `out`)")
+    elif loop.param_dtype == "float32":
+        advice.append("train.param_dtype=bfloat16 (in another `out`)")
     tried = ", or ".join(advice) or "a smaller model or train.batch_size, or more devices"
-    return f"a device ran out of memory ({str(error).splitlines()[0][:200]}). In order of cost, try {tried}."
+    return f"a device ran out of memory ({reason.rstrip('.')}). In this order, try {tried}."
 
 
 def _stored(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, Rearrange, Rearrange]:
@@ -351,12 +359,16 @@ def _stored(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, Rearr
 def _first_state(run: Run, create: Callable[[Params], TrainState], key: Array, mesh: Mesh) -> TrainState:
     """The state at step 0, made where it stays: from fresh parameters, or from those of `init_from`."""
     if run.config.init_from is None:
-        made = partial(lambda key: create(run.objective.init(key)))
+
+        def made(key: Array) -> TrainState:
+            return create(run.objective.init(key))
+
         return jax.jit(made, out_shardings=shardings(jax.eval_shape(made, key), mesh))(key)
     with together():
         params = jax.device_get(_loaded_params(run, run.config.init_from))
     params = jax.device_put(params, shardings(params, mesh))
-    return jax.jit(create, out_shardings=shardings(jax.eval_shape(create, params), mesh))(params)
+    layout = shardings(jax.eval_shape(create, params), mesh)
+    return jax.jit(create, out_shardings=layout, donate_argnums=0)(params)
 
 
 def _gathered(params: Params) -> Params:

@@ -165,6 +165,12 @@ def test_what_does_not_divide_is_copied() -> None:
     assert spec == PartitionSpec(None, "fsdp")
 
 
+@pytest.mark.parametrize("parallel", [{"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2, "accumulate": 2}], ids=str)
+def test_another_model_on_layouts(parallel: dict[str, Any]) -> None:
+    other = CONFIG.model_copy(update={"num_hidden_layers": 1, "type_vocab_size": 2, "tie_word_embeddings": False})
+    assert_close(run(other, 3, **parallel), run(other, 3))
+
+
 @pytest.mark.parametrize("parallel", [{"data": 2}, {"fsdp": 2, "tensor": 2}, {"mode": "pmap", "data": 2}], ids=str)
 def test_with_dropout_a_layout_repeats_itself_to_the_bit(parallel: dict[str, Any]) -> None:
     first, again = (run.__wrapped__(DROPOUT, 3, **parallel) for _ in range(2))

@@ -16,7 +16,7 @@ from jaxptm.config import ObjectiveConfig, OptimizerConfig
 from jaxptm.hf.table import load
 from jaxptm.models.params import flatten, unflatten
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TextModel
+from jaxptm.nn.text import TextEmbeddings, TextModel
 from jaxptm.objectives import Objective
 from jaxptm.objectives.language import masked_language_model
 from jaxptm.ops.masking import VocabularyTables, mask_tokens
@@ -245,3 +245,39 @@ def test_masked_lm_learns_without_next_sentences(small: tuple[torch.nn.Module, M
     assert set(means) == {"mlm_loss", "mlm_accuracy", "token_share", "loss", "grad_norm"}
     assert float(means["mlm_loss"].value) < 0.1
     assert unflatten(flatten(state.params)).keys() == params.keys()
+
+
+def test_tables_learn_in_float32_whatever_the_computation_is(small: tuple[torch.nn.Module, Model]) -> None:
+    # Two token types share thousands of tokens: in bfloat16 such sums lose half of themselves.
+    _, ours = small
+    rows, length = 512, 32
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 97, (rows, length)).astype(np.int32)
+    types = np.repeat([[0] * 16 + [1] * 16], rows, axis=0).astype(np.int32)
+    push = jnp.asarray(1.0 + 0.1 * rng.standard_normal((rows, length, 32)), jnp.float32)
+
+    def gradient(dtype: str) -> np.ndarray:
+        embeddings = TextEmbeddings(ours.config, Execution(dtype=jnp.dtype(dtype)))
+
+        def value(params: dict, ids: jax.Array, types: jax.Array, push: jax.Array) -> jax.Array:
+            x = embeddings.apply({"params": params}, ids, types, jnp.arange(length)[None], train=False)
+            return jnp.sum(x.astype(jnp.float32) * push)
+
+        grads = jax.jit(jax.grad(value))(ours.params["embeddings"], ids, types, push)
+        return np.asarray(grads["token_type"]["embedding"])
+
+    exact, found = gradient("float32"), gradient("bfloat16")
+    assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def test_microbatches_of_bfloat16_parameters_are_added_in_float32(small: tuple[torch.nn.Module, Model]) -> None:
+    _, ours = small
+    batch = pair_batch(np.random.default_rng(2), 64, LENGTH)
+    keys = row_keys(jax.random.key(0), 5, 64)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ours.params)
+    module = TextModel(ours.config, "pretraining", Execution(param_dtype=jnp.bfloat16))
+    run = jax.jit(lambda parts: gradients(objective_of(module), params, batch, keys, parts)[0], static_argnums=0)
+    whole, parts = run(1), run(32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(parts)} == {jnp.dtype("float32")}
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, whole, parts)) / optax.tree.norm(whole)
+    assert float(error) < 4e-3  # the rounding of one gradient to bfloat16, not of 32 sums

@@ -52,7 +52,9 @@ class TextEmbeddings(nn.Module):
             return nn.Embed(
                 entries,
                 self.config.hidden_size,
-                dtype=self.execution.dtype,
+                # In float32 whatever the type of the computation: the gradient of a table is a sum over all tokens, and
+                # half of it is lost when thousands of terms of one entry are added in bfloat16.
+                dtype=jnp.float32,
                 param_dtype=self.execution.param_dtype,
                 embedding_init=nn.initializers.truncated_normal(self.config.initializer_range),
             )

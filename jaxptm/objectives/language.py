@@ -56,7 +56,7 @@ def masked_language_model(
         terms = {"mlm_loss": cross_entropy(logits, masked.labels, masked.weights)}
         scores = {
             "mlm_accuracy": accuracy(logits, masked.labels, masked.weights),
-            "token_share": Mean.of(real, jnp.ones(real.shape)),
+            "token_share": Mean.of(real, jnp.broadcast_to(real.any(axis=1, keepdims=True), real.shape)),
         }
         if module.task == "pretraining":
             rows = real.any(axis=1).astype(jnp.float32)
