@@ -39,7 +39,12 @@ def launch(config: Path, *overrides: list[str], signals: dict[int, tuple[int, si
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": "2"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_NUM_CPU_DEVICES": "2",
+        # Steps in flight share a few threads on CPU; where all of these wait for another process, none is left to answer.
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+    }
     running = []
     for index, own in enumerate(overrides):
         arguments = ["train", str(config), *own, f"--coordinator=127.0.0.1:{port}"]
