@@ -42,7 +42,7 @@ def launch(config: Path, *overrides: list[str], signals: dict[int, tuple[int, si
     environment = os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_NUM_CPU_DEVICES": "2",
-        # Steps in flight share a few threads on CPU; where all of these wait for another process, none is left to answer.
+        # Steps in flight share few threads on CPU; where all of these wait for another process, none is left to answer.
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
     }
     running = []
