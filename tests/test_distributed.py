@@ -39,19 +39,15 @@ def launch(config: Path, *overrides: list[str], signals: dict[int, tuple[int, si
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_NUM_CPU_DEVICES": "2",
-        # Steps in flight share few threads on CPU; where all of these wait for another process, none is left to answer.
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
-    }
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": "2"}
     running = []
     for index, own in enumerate(overrides):
         arguments = ["train", str(config), *own, f"--coordinator=127.0.0.1:{port}"]
         arguments += [f"--processes={len(overrides)}", f"--process={index}", "--timeout=30"]
         step, kind = (signals or {}).get(index, (0, signal.SIGTERM))
         script = f"""
-            import sys, pytest
+            import faulthandler, sys, pytest
+            faulthandler.dump_traceback_later(200)  # should it hang, where
             sys.path.insert(0, {str(TESTS)!r})
             from signal import Signals
             from test_training import die_at
@@ -64,6 +60,10 @@ def launch(config: Path, *overrides: list[str], signals: dict[int, tuple[int, si
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         errors = [process.communicate(timeout=240)[1] for process in running]
+    except subprocess.TimeoutExpired:
+        for process in running:
+            process.kill()
+        pytest.fail("\n\n".join(process.communicate()[1][-8000:] for process in running))
     finally:
         for process in running:
             process.kill()
