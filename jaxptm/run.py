@@ -174,8 +174,14 @@ def claim_directory(config: TrainConfig) -> Mirror:
     Of a remote run, what it has written so far is brought here first.
 
     Raises:
-        JaxptmError: the directory belongs to another config; every key that differs is named. Or it is out of reach.
+        JaxptmError: the directory belongs to another config; every key that differs is named. Or it is out of reach, or
+            the processes do not have the same config.
     """
+    if len(set(exchange(_hash(config.model_dump(mode="json"))))) > 1:
+        raise JaxptmError(
+            "the processes were started with different configs; give all of them the same file and the same "
+            "key.key=value arguments."
+        )
     checkpoints, mirror = checkpoint_directory(config.out), Mirror(config.out)
     with together():
         if is_main():

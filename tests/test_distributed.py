@@ -30,8 +30,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def launch(config: Path, *overrides: list[str], signals: dict[int, tuple[int, signal.Signals]] | None = None) -> Any:
-    """Runs one process an entry of `overrides`; those in `signals` send themselves a signal at a step.
+def launch(config: Path, *overrides: list[str], patches: dict[int, str] | None = None) -> Any:
+    """Runs one process an entry of `overrides`; those in `patches` execute a line of Python before.
 
     Returns:
         (exit status, standard error) of each.
@@ -44,15 +44,14 @@ def launch(config: Path, *overrides: list[str], signals: dict[int, tuple[int, si
     for index, own in enumerate(overrides):
         arguments = ["train", str(config), *own, f"--coordinator=127.0.0.1:{port}"]
         arguments += [f"--processes={len(overrides)}", f"--process={index}", "--timeout=30"]
-        step, kind = (signals or {}).get(index, (0, signal.SIGTERM))
         script = f"""
             import faulthandler, sys, pytest
             faulthandler.dump_traceback_later(200)  # should it hang, where
             sys.path.insert(0, {str(TESTS)!r})
             from signal import Signals
             from test_training import die_at
-            from jaxptm import cli
-            die_at(pytest.MonkeyPatch(), {step}, Signals({int(kind)}))
+            from jaxptm import cli, run
+            {(patches or {}).get(index, "")}
             sys.argv[1:] = {arguments!r}
             cli.main()
         """
@@ -70,6 +69,10 @@ def launch(config: Path, *overrides: list[str], signals: dict[int, tuple[int, si
     return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
 
 
+def die(step: int, kind: str) -> str:
+    return f"die_at(pytest.MonkeyPatch(), {step}, Signals.{kind})"
+
+
 def test_two_processes_killed_stopped_and_restarted_end_as_one_process_does(home: Path) -> None:
     alone = config_of(home, "alone", parallel__data=4, **NO_DROPOUT)
     assert train(alone)["finished"]
@@ -77,13 +80,13 @@ def test_two_processes_killed_stopped_and_restarted_end_as_one_process_does(home
     config_of(home, "pair", parallel={"fsdp": 2}, **NO_DROPOUT)
     path = home / "pair.yaml"
 
-    (first, log), (second, _) = launch(path, [], [], signals={1: (13, signal.SIGKILL)})
+    (first, log), (second, _) = launch(path, [], [], patches={1: die(13, "SIGKILL")})
     assert second == -signal.SIGKILL
     assert first != 0, log
     saved = {int(step.name) for step in (home / "pair/checkpoints").iterdir() if step.name.isdigit()}
     assert saved and saved <= {5, 10}
 
-    outcomes = launch(path, [], [], signals={1: (17, signal.SIGTERM)})
+    outcomes = launch(path, [], [], patches={1: die(17, "SIGTERM")})
     assert [status for status, _ in outcomes] == [0, 0], outcomes
     newest = max(int(step.name) for step in (home / "pair/checkpoints").iterdir() if step.name.isdigit())
     assert 17 <= newest <= STEPS  # of the process that was told, both stopped and saved
@@ -108,11 +111,15 @@ def test_two_processes_killed_stopped_and_restarted_end_as_one_process_does(home
 
 def test_an_error_of_one_process_is_told_by_all(home: Path) -> None:
     config_of(home, "torn", parallel={})
-    (first, heard), (second, said) = launch(home / "torn.yaml", [], ["data.files=/nowhere/*.txt"])
+    patch = "pytest.MonkeyPatch().setattr(run, 'load_tokenizer', lambda path: open('/nowhere'))"
+    (first, heard), (second, said) = launch(home / "torn.yaml", [], [], patches={1: patch})
     assert (first, second) == (1, 1)
-    assert f"error: process 1 on {socket.gethostname()}: /nowhere/*.txt: matches no file" in heard
-    assert "error: /nowhere/*.txt: matches no file" in said
+    assert f"error: process 1 on {socket.gethostname()}: FileNotFoundError" in heard and "/nowhere" in heard
+    assert "No such file or directory: '/nowhere'" in said
     assert "Traceback" not in heard + said
+
+    for status, error in launch(home / "torn.yaml", [], ["train.seed=5"]):
+        assert status == 1 and "the processes were started with different configs" in error
 
 
 def test_pmap_and_tensor_parallelism_across_processes(home: Path) -> None:
