@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxptm.models.params import abstract_params
 from jaxptm.nn.core import Execution, PostNormLayer, PreNormLayer
 from jaxptm.nn.text import TextConfig, TextModel, forward_flops
-from jaxptm.parallel import TENSOR_AXIS
+from jaxptm.parallel import partition
 from jaxptm.types import Array, JaxptmError, Params
 
 
@@ -240,18 +240,14 @@ class _Weights:
 
 @cache
 def _weights(config: TextConfig, task: str | None, execution: Execution, fsdp: int, tensor: int) -> _Weights:
-    """Counts parameters by the rules of `jaxptm.parallel.partition`."""
+    """Counts parameters as `jaxptm.parallel.partition` divides them."""
     stored = count = in_layers = 0.0
     itemsize = jnp.dtype(execution.param_dtype).itemsize
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(TextModel(config, task, execution))):
         names = tuple(str(part.key) for part in path)
-        axis = next((axis for end, axis in TENSOR_AXIS.items() if names[-len(end) :] == end), None)
-        shape = list(leaf.shape[1:] if "layers" in names else leaf.shape)
-        size = float(leaf.size)
-        if axis is not None and tensor > 1 and shape[axis] % tensor == 0:
-            size /= tensor
-            shape.pop(axis)
-        stored += itemsize * size / max((_parts(entries, fsdp) for entries in shape), default=1)
+        divided = partition(names, leaf.shape, {"fsdp": fsdp, "tensor": tensor})
+        size = leaf.size / (tensor if "tensor" in divided else 1)
+        stored += itemsize * size / (fsdp if "fsdp" in divided else 1)
         count += size
         in_layers += size if "encoder" in names else 0.0
     return _Weights(stored, count, in_layers, itemsize)

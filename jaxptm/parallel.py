@@ -110,18 +110,21 @@ def check_tensor(mesh: Mesh, config: TransformerConfig) -> None:
             )
 
 
-def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition(path: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """How one parameter, or an optimizer's moment of it, is divided over the mesh.
 
     `tensor` divides the axis that `TENSOR_AXIS` names, `fsdp` the largest other axis that it can (Rajbhandari et al.
     2020, ZeRO stage 3). What an axis of the mesh does not divide is copied over it.
+
+    Args:
+        sizes: of the axes fsdp and tensor (`mesh.shape`).
     """
     axes: list[str | None] = [None] * len(shape)
     split = next((axis for end, axis in TENSOR_AXIS.items() if path[-len(end) :] == end), None)
-    if split is not None and mesh.shape["tensor"] > 1 and shape[split] % mesh.shape["tensor"] == 0:
+    if split is not None and sizes["tensor"] > 1 and shape[split] % sizes["tensor"] == 0:
         axes[split] = "tensor"
     layers = 1 if "layers" in path else 0  # stacked layers stay whole: each is used by every device in turn
-    free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % mesh.shape["fsdp"] == 0]
+    free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % sizes["fsdp"] == 0]
     if free:
         axes[max(free, key=lambda i: shape[i])] = "fsdp"
     return PartitionSpec(*axes)
@@ -131,7 +134,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     """The sharding of every leaf of a training state, or of any part of it, by its path and shape."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition(_names(path), leaf.shape, mesh))
+        return NamedSharding(mesh, partition(_names(path), leaf.shape, mesh.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -258,7 +261,7 @@ def _gather_tables(params: Params, mesh: Mesh) -> Params:
         names = _names(path)
         if names[-1] != "embedding":
             return leaf
-        spec = [None if axis == "fsdp" else axis for axis in partition(names, leaf.shape, mesh)]
+        spec = [None if axis == "fsdp" else axis for axis in partition(names, leaf.shape, mesh.shape)]
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree_util.tree_map_with_path(gather, params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +10,11 @@ import optax
 
 from jaxptm.objectives import Objective
 from jaxptm.optim import apply_updates
+from jaxptm.parallel import Evaluate, Update
 from jaxptm.types import Array, Batch, Mean, Means, Params, TrainState
 
 NO_ROW = 2**32 - 1
 """Number of the stream of a step's key that no row has."""
-
-Update = Callable[[TrainState, Batch], tuple[TrainState, Means]]
 
 
 def make_update(
@@ -110,9 +108,7 @@ def total(terms: Means) -> Array:
     return sum((term.value for term in terms.values()), jnp.zeros(()))
 
 
-def make_evaluate(
-    objective: Objective, key: Array, accumulate: int = 1
-) -> Callable[[Params, Batch, Array], tuple[Means, Means]]:
+def make_evaluate(objective: Objective, key: Array, accumulate: int = 1) -> Evaluate:
     """One evaluation step without dropout: (params, batch, index of the batch) -> its (terms, scores).
 
     The masks depend on (key, index, row) alone, so every evaluation asks the same questions.

@@ -1,27 +1,22 @@
-"""Training: from a config to a run directory. The loop stands in plain sight in `train`."""
+"""Training: from a config to a run directory. The loop stands in plain sight in `_train`."""
 
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import re
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -32,9 +27,10 @@ from jaxptm.data.batching import batches
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.evaluation import make_evaluator
 from jaxptm.hosts import is_main, together
+from jaxptm.interruption import StopSignal, explain_failures
 from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, progress_lines, read_metrics, write_results
 from jaxptm.models import family_of
-from jaxptm.models.params import abstract_params, flatten, map_params, stacked, unstacked
+from jaxptm.models.params import abstract_params, unstacked
 from jaxptm.optim import decayed_leaves, optimizer, schedule
 from jaxptm.parallel import (
     check_tensor,
@@ -44,17 +40,15 @@ from jaxptm.parallel import (
     mapped_axis,
     matmul_ceiling,
     put_batch,
-    shardings,
 )
-from jaxptm.pretrained import Model, from_pretrained
+from jaxptm.pretrained import Model
 from jaxptm.run import Run, claim_directory, make_module, open_run, prepared_directory
+from jaxptm.state import first_state, gathered, stored_form
 from jaxptm.step import make_update
 from jaxptm.storage import Mirror, checkpoint_directory
-from jaxptm.types import Array, JaxptmError, Means, Params, TrainState
+from jaxptm.types import JaxptmError, Means, Params, TrainState
 
 log = logging.getLogger("jaxptm")
-
-Rearrange = Callable[[TrainState], TrainState]
 
 
 def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
         config = validate(TrainConfig, dict(config), "config")
     elif not isinstance(config, TrainConfig):
         config = load_config(config)
-    with _explain_failures(config):
+    with explain_failures(config):
         return _train(config)
 
 
@@ -101,7 +95,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     update = compile_update(body, mesh, mode, shapes)
     evaluate = None if run.held_out is None else make_evaluator(run, mesh)
     rows = host_rows(mesh, loop.batch_size)
-    stored_shapes, to_stored, from_stored = _stored(run, shapes, mesh)
+    stored_shapes, to_stored, from_stored = stored_form(run, shapes, mesh)
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if not is_main():
@@ -112,7 +106,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     with Checkpoints(run.checkpoints, loop.keep) as checkpoints:
         restored = checkpoints.restore(stored_shapes)
         if restored is None:
-            state, seconds = _first_state(run, create, init_key, mesh), 0.0
+            state, seconds = first_state(run, create, init_key, mesh), 0.0
         else:
             state, seconds = from_stored(restored[0]), restored[1]["seconds"]
             if restored[1]["corpus"] != run.corpus:
@@ -125,7 +119,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         with together():
             metrics = MetricsLog(run.directory, enabled=is_main())
             metrics.truncate(start)
-        with metrics, TrainingProgress(run.steps, start, console) as progress, _Stop() as stop:
+        with metrics, TrainingProgress(run.steps, start, console) as progress, StopSignal() as stop:
             if start:
                 progress.print(f"resuming at step {start} of {run.steps}")
             window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
@@ -164,7 +158,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             with together():
                 mirror.push()
             return {"finished": False, "step": step}
-        params = _gathered(state.params)
+        params = gathered(state.params)
         with together():
             if is_main():
                 model = export(run, params)
@@ -264,143 +258,6 @@ class _Window:
     def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._timed, self._tokens, self._seconds = 0, 0.0, 0.0
-
-
-class _Stop:
-    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step and save; a second one acts at once.
-
-    Of several processes one such signal stops all, after the same step: JAX passes on a SIGTERM to any of them.
-    """
-
-    def __enter__(self) -> _Stop:
-        self._noted = False
-        self._alone = jax.process_count() == 1
-        kinds = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)  # the other is JAX's
-        try:
-            self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
-        except ValueError:  # only the main thread may listen
-            self._before = {}
-        return self
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; to be asked at every step, since all processes agree on one."""
-        return self._noted if self._alone else multihost_utils.reached_preemption_sync_point(step)
-
-    def _note(self, kind: int, _: FrameType | None) -> None:
-        self._noted = True
-        signal.signal(kind, self._before[signal.Signals(kind)])
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-
-@contextmanager
-def _explain_failures(config: TrainConfig) -> Iterator[None]:
-    """Says what to change where a device ran out of memory, and what to do where another process died."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0][:300]
-        if re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
-            raise JaxptmError(_memory_advice(config, reason)) from error
-        if jax.process_count() > 1 and re.search(
-            "UNAVAILABLE|DEADLINE_EXCEEDED|[Gg]loo|NCCL|[Cc]onnection", str(error)
-        ):
-            raise JaxptmError(
-                f"process {jax.process_index()} lost the others, most likely because one of them died ({reason}). "
-                "Start all of them again: the run goes on from its last checkpoint."
-            ) from error
-        raise
-
-
-def _memory_advice(config: TrainConfig, reason: str) -> str:
-    loop, parallel = config.train, config.parallel
-    shared = (parallel.data or jax.device_count() // (parallel.fsdp * parallel.tensor)) * parallel.fsdp
-    rows = loop.batch_size // loop.accumulate // shared
-    advice = []
-    if rows > 1:
-        advice.append(
-            f"a larger train.accumulate (now {loop.accumulate}, which puts {rows} rows on a device at a time; the "
-            "result does not change)"
-        )
-    if parallel.remat is not True:
-        advice.append("parallel.remat=true")
-    if shared > parallel.fsdp and parallel.mode == "jit":
-        advice.append(
-            f"parallel.fsdp={shared} parallel.data=1 (parameters and optimizer state divided among the devices)"
-        )
-    if loop.dtype == "float32":
-        advice.append("train.dtype=bfloat16 (in another `out`)")
-    elif loop.param_dtype == "float32":
-        advice.append("train.param_dtype=bfloat16 (in another `out`)")
-    tried = ", or ".join(advice) or "a smaller model or train.batch_size, or more devices"
-    return f"a device ran out of memory ({reason.rstrip('.')}). In this order, try {tried}."
-
-
-def _stored(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, Rearrange, Rearrange]:
-    """How a checkpoint holds the state: one entry a layer, whether the layers are scanned or not.
-
-    Returns:
-        The shapes and shardings of what is stored, and the ways there and back.
-    """
-    stored = jax.eval_shape(partial(map_params, unstacked), shapes)
-    layout = shardings(stored, mesh)
-    placed = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), stored, layout)
-    if not run.objective.module.execution.scan:
-        return placed, lambda state: state, lambda state: state
-    there = jax.jit(partial(map_params, unstacked), out_shardings=layout)
-    back = jax.jit(partial(map_params, stacked), out_shardings=shardings(shapes, mesh))
-    return placed, there, back
-
-
-def _first_state(run: Run, create: Callable[[Params], TrainState], key: Array, mesh: Mesh) -> TrainState:
-    """The state at step 0, made where it stays: from fresh parameters, or from those of `init_from`."""
-    if run.config.init_from is None:
-
-        def made(key: Array) -> TrainState:
-            return create(run.objective.init(key))
-
-        return jax.jit(made, out_shardings=shardings(jax.eval_shape(made, key), mesh))(key)
-    with together():
-        params = jax.device_get(_loaded_params(run, run.config.init_from))
-    params = jax.device_put(params, shardings(params, mesh))
-    layout = shardings(jax.eval_shape(create, params), mesh)
-    return jax.jit(create, out_shardings=layout, donate_argnums=0)(params)
-
-
-def _gathered(params: Params) -> Params:
-    """Parameters as numpy arrays on every process."""
-
-    def gather(leaf: Array) -> np.ndarray:
-        if leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return multihost_utils.process_allgather(leaf, tiled=True)
-
-    return jax.tree.map(gather, params)
-
-
-def _loaded_params(run: Run, source: str) -> Params:
-    """The parameters of `init_from`, in the form that the module has."""
-    module = run.objective.module
-    dtype = module.execution.param_dtype
-    model = from_pretrained(source, module.task, param_dtype=dtype, seed=run.config.train.seed)
-    ours, theirs = (
-        {path: leaf.shape for path, leaf in flatten(params).items()}
-        for params in (jax.eval_shape(lambda key: unstacked(run.objective.init(key)), jax.random.key(0)), model.params)
-    )
-    wrong = [
-        f"{path} {theirs.get(path)} there, {ours.get(path)} here"
-        for path in ours | theirs
-        if ours.get(path) != theirs.get(path)
-    ]
-    if wrong:
-        raise JaxptmError(
-            "\n  ".join([f"init_from: {source} does not fit `model`, which may name the same path:", *wrong])
-        )
-    return stacked(model.params) if module.execution.scan else model.params
 
 
 def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from jaxptm.parallel import (
     put_batch,
     shardings,
 )
+from jaxptm.state import first_state
 from jaxptm.step import make_evaluate, make_update
 from jaxptm.types import JaxptmError, Params, TrainState
 
@@ -161,7 +163,7 @@ def test_layouts_change_nothing(parallel: dict[str, Any]) -> None:
 def test_what_does_not_divide_is_copied() -> None:
     odd = CONFIG.model_copy(update={"vocab_size": 97, "max_position_embeddings": 27})
     assert_close(run(odd, 3, fsdp=2, tensor=4), run(odd, 3))
-    spec = partition(("embeddings", "token", "embedding"), (97, 64), mesh_of(fsdp=2, tensor=4))
+    spec = partition(("embeddings", "token", "embedding"), (97, 64), {"fsdp": 2, "tensor": 4})
     assert spec == PartitionSpec(None, "fsdp")
 
 
@@ -254,7 +256,7 @@ def test_evaluation_gives_the_same_on_any_layout() -> None:
     ],
 )
 def test_where_parameters_lie(path: str, shape: tuple[int, ...], expected: tuple[str | None, ...]) -> None:
-    assert partition(tuple(path.split("/")), shape, mesh_of(fsdp=2, tensor=2)) == PartitionSpec(*expected)
+    assert partition(tuple(path.split("/")), shape, {"fsdp": 2, "tensor": 2}) == PartitionSpec(*expected)
 
 
 def test_moments_lie_where_their_parameters_do() -> None:
@@ -265,6 +267,21 @@ def test_moments_lie_where_their_parameters_do() -> None:
     for moments in (adam.mu, adam.nu):
         jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(a.sharding)), moments, state.params)
     assert state.params["embeddings"]["token"]["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
+
+
+def test_the_first_state_is_made_in_its_shards() -> None:
+    objective = objective_of()
+    opened = SimpleNamespace(config=SimpleNamespace(init_from=None), objective=objective)
+    transform = optimizer(ADAM, STEPS, jax.eval_shape(objective.init, jax.random.key(0)))
+
+    def create(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
+
+    # Past the check of types: of all that a `Run` holds, only these two are needed.
+    whole, divided = (first_state.__wrapped__(opened, create, jax.random.key(5), mesh_of(fsdp=n)) for n in (1, 8))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(divided), jax.device_get(whole))
+    expected = shardings(divided, mesh_of(fsdp=8))
+    jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(str(leaf.sharding)), divided, expected)
 
 
 def test_hosts_read_what_their_devices_hold() -> None:

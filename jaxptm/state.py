@@ -1,0 +1,83 @@
+"""The state of a run: how it is made, how checkpoints hold it, and how its parameters come together for export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxptm.hosts import together
+from jaxptm.models.params import flatten, map_params, stacked, unstacked
+from jaxptm.parallel import shardings
+from jaxptm.pretrained import from_pretrained
+from jaxptm.run import Run
+from jaxptm.types import Array, JaxptmError, Params, TrainState
+
+Rearrange = Callable[[TrainState], TrainState]
+
+
+def stored_form(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, Rearrange, Rearrange]:
+    """How a checkpoint holds the state: one entry a layer, whether the layers are scanned or not.
+
+    Returns:
+        The shapes and shardings of what is stored, and the ways there and back.
+    """
+    stored = jax.eval_shape(partial(map_params, unstacked), shapes)
+    layout = shardings(stored, mesh)
+    placed = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), stored, layout)
+    if not run.objective.module.execution.scan:
+        return placed, lambda state: state, lambda state: state
+    there = jax.jit(partial(map_params, unstacked), out_shardings=layout)
+    back = jax.jit(partial(map_params, stacked), out_shardings=shardings(shapes, mesh))
+    return placed, there, back
+
+
+def first_state(run: Run, create: Callable[[Params], TrainState], key: Array, mesh: Mesh) -> TrainState:
+    """The state at step 0, made where it stays: from fresh parameters, or from those of `init_from`."""
+    if run.config.init_from is None:
+
+        def made(key: Array) -> TrainState:
+            return create(run.objective.init(key))
+
+        return jax.jit(made, out_shardings=shardings(jax.eval_shape(made, key), mesh))(key)
+    with together():
+        params = jax.device_get(_loaded_params(run, run.config.init_from))
+    params = jax.device_put(params, shardings(params, mesh))
+    layout = shardings(jax.eval_shape(create, params), mesh)
+    return jax.jit(create, out_shardings=layout, donate_argnums=0)(params)
+
+
+def gathered(params: Params) -> Params:
+    """Parameters as numpy arrays on every process."""
+
+    def gather(leaf: Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(gather, params)
+
+
+def _loaded_params(run: Run, source: str) -> Params:
+    """The parameters of `init_from`, in the form that the module has."""
+    module = run.objective.module
+    dtype = module.execution.param_dtype
+    model = from_pretrained(source, module.task, param_dtype=dtype, seed=run.config.train.seed)
+    ours, theirs = (
+        {path: leaf.shape for path, leaf in flatten(params).items()}
+        for params in (jax.eval_shape(lambda key: unstacked(run.objective.init(key)), jax.random.key(0)), model.params)
+    )
+    wrong = [
+        f"{path} {theirs.get(path)} there, {ours.get(path)} here"
+        for path in ours | theirs
+        if ours.get(path) != theirs.get(path)
+    ]
+    if wrong:
+        raise JaxptmError(
+            "\n  ".join([f"init_from: {source} does not fit `model`, which may name the same path:", *wrong])
+        )
+    return stacked(model.params) if module.execution.scan else model.params
