@@ -41,18 +41,21 @@ class TextData(Config):
     text_field: str = "text"
     """Which field of a `.jsonl`, `.parquet` or dataset record holds the text."""
     tokenizer: str
-    """A directory, a `vocab.txt`, a hub name, or `train`: a WordPiece vocabulary trained on `files`."""
+    """A directory, a `vocab.txt`, a hub name, or `train`: a vocabulary trained on `files`."""
+    tokenizer_model: Literal["wordpiece", "bpe"] = "wordpiece"
+    """What `tokenizer: train` learns: BERT's WordPiece, or the byte-level BPE of GPT-2 and RoBERTa."""
     vocab_size: Positive | None = None
     """Entries of the vocabulary to train; only with `tokenizer: train`."""
     lowercase: bool = True
     """Whether a vocabulary trained here, or read from a bare `vocab.txt`, folds case and strips accents."""
     sequence_length: Annotated[int, Field(ge=8)] = 128
-    format: Literal["pairs", "packed"] = "pairs"
-    """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one. `packed`: rows full of sentences."""
+    format: Literal["pairs", "packed", "stream"] = "pairs"
+    """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one. `packed`: [CLS] and [SEP] around rows full
+    of whole sentences. `stream`: every `sequence_length` tokens of the corpus a row, with nothing around it (GPT-2)."""
     short_probability: Share = 0.1
     """Share of the pairs that aim for a random shorter length (BERT: 0.1)."""
     separate_documents: bool = False
-    """`packed` only: tokens of one document do not attend to those of another in the same row."""
+    """`packed` and `stream`: tokens of one document do not attend to those of another in the same row."""
     prepared: str | None = None
     """Directory of the token shards, on a local disk; default `<parent of out>/prepared/<fingerprint>`, and for an
     `out` in a bucket `runs/remote/prepared/<fingerprint>`."""
@@ -61,8 +64,10 @@ class TextData(Config):
     def _check(self) -> TextData:
         if (self.tokenizer == "train") != (self.vocab_size is not None):
             raise ValueError("`vocab_size` is needed with `tokenizer: train`, and only there")
-        if self.separate_documents and self.format != "packed":
-            raise ValueError("`separate_documents` is for `format: packed`; pairs hold one document or two on purpose")
+        if self.separate_documents and self.format == "pairs":
+            raise ValueError(
+                "`separate_documents` is for `format: packed` or `stream`; pairs hold one document or two on purpose"
+            )
         return self
 
 

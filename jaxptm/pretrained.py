@@ -31,6 +31,10 @@ ORBAX_PARAMS = "params"
 """Name of the Orbax folder in a model directory that holds no safetensors."""
 
 
+BODY = ("embeddings", "embeddings_project", "encoder")
+"""Top-level modules of a model that belong to no head."""
+
+
 class Outputs(dict[str, Any]):
     """Named outputs, as `out["logits"]` or `out.logits`."""
 
@@ -126,13 +130,15 @@ class Model:
                 raise JaxptmError(f"`{name}` has shape {list(array.shape)}, `input_ids` {list(ids.shape)}.")
             if array.dtype.kind not in "iub":
                 raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
+            if name == "token_type_ids" and not limits[name] and not array.any():
+                continue  # the only type of a model that tells none apart
             if array.size and not 0 <= array.min() <= array.max() < limits[name]:
                 raise JaxptmError(
                     f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}."
                 )
-        if "position_ids" not in arrays and ids.shape[-1] > self.config.max_position_embeddings:
+        if "position_ids" not in arrays and ids.shape[-1] > self.config.max_length:
             raise JaxptmError(
-                f"the input is {ids.shape[-1]} tokens long, the model takes {self.config.max_position_embeddings}; "
+                f"the input is {ids.shape[-1]} tokens long, the model takes {self.config.max_length}; "
                 "truncate it (tokenizer(..., truncation=True))."
             )
 
@@ -204,8 +210,9 @@ def from_pretrained(
     """Opens a Hugging Face model directory, a hub repository, or the `model/` of a jaxptm run.
 
     Args:
-        task: the head: None (bare encoder), "masked-lm", "pretraining", "next-sentence", "sequence-classification",
-            "token-classification", "multiple-choice", "question-answering", or "auto": what config.json says.
+        task: the head: None (bare encoder), "masked-lm", "pretraining", "next-sentence", "replaced-token", "causal-lm",
+            "sequence-classification", "token-classification", "multiple-choice", "question-answering", or "auto": what
+            config.json says.
         num_labels: of a classification head; default what config.json says.
         dtype: of the computation.
         param_dtype: of the parameters.
@@ -233,13 +240,13 @@ def from_pretrained(
         tensors = _restore_orbax(directory / ORBAX_PARAMS, family, config)
     else:
         tensors = {family.modern_name(name): tensor for name, tensor in files.read_tensors(directory).items()}
-    if task is None and not any(name.startswith(f"{family.prefix}pooler.") for name in tensors):
+    if task is None and config.pooler and not any(name.startswith(f"{family.prefix}pooler.") for name in tensors):
         config = config.model_copy(update={"pooler": False})
 
     module = family.module(config, task, execution)
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
     known = {name for other in family.architectures for name in family.table(config, other).names}
-    heads = [name for name in {path.split("/")[0] for path in shapes} if name not in ("embeddings", "encoder")]
+    heads = [name for name in {path.split("/")[0] for path in shapes} if name not in BODY]
     loaded = weights.load(family.table(config, task), tensors, shapes, source=str(directory), heads=heads, known=known)
     flat: dict[str, Any] = dict(loaded.params)
     if loaded.absent:

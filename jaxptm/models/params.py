@@ -48,14 +48,24 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def stacked(params: Params) -> Params:
-    """The same parameters with the encoder's layers stacked for `scan`."""
-    return {**params, "encoder": stack_layers(params["encoder"])}
+    """The same parameters with the layers of each encoder stacked for `scan`."""
+    return _at_encoders(stack_layers, params)
 
 
 def unstacked(params: Params) -> Params:
     """The same parameters with one entry a layer, whether they were stacked or not."""
-    encoder = params.get("encoder", {})
-    return {**params, "encoder": unstack_layers(encoder)} if "layers" in encoder else params
+    return _at_encoders(lambda encoder: unstack_layers(encoder) if "layers" in encoder else encoder, params)
+
+
+def _at_encoders(function: Callable[[Params], Params], params: Params) -> Params:
+    """Also where models are parts of the tree, as ELECTRA's two are."""
+
+    def visit(name: str, value: Any) -> Any:
+        if name == "encoder":
+            return function(value)
+        return _at_encoders(function, value) if isinstance(value, dict) else value
+
+    return {name: visit(name, value) for name, value in params.items()}
 
 
 def map_params(function: Callable[[Params], Params], state: Tree) -> Tree:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import reduce
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,7 +38,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class TransformerConfig(Config):
-    """Sizes of a transformer; fields are named as in Hugging Face's `config.json`."""
+    """Sizes of a transformer; fields are named as in Hugging Face's `config.json`.
+
+    What a family fixes, as opposed to a size, is a class variable.
+    """
 
     hidden_size: Positive = 768
     num_hidden_layers: Positive = 12
@@ -50,6 +54,16 @@ class TransformerConfig(Config):
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     norm: Literal["post", "pre"] = "post"
     """`post`: norm(x + f(x)). `pre`: x + f(norm(x)), with one more norm after the last layer."""
+    shared_layer: ClassVar[bool] = False
+    """One layer's parameters serve all layers (ALBERT)."""
+
+    def initializer(self, *, residual: bool = False) -> nn.initializers.Initializer:
+        """How kernels and tables begin: BERT's normal, cut off at two sigma.
+
+        Args:
+            residual: of a projection whose output is added to the residual stream.
+        """
+        return nn.initializers.truncated_normal(self.initializer_range)
 
     @model_validator(mode="after")
     def _check(self) -> TransformerConfig:
@@ -80,24 +94,39 @@ class Execution:
     scan: bool = False
 
 
+class Cache(NamedTuple):
+    """Keys and values of one layer that later tokens attend to, in arrays of a fixed length K."""
+
+    key: Float[Array, "B K H W"]
+    value: Float[Array, "B K H W"]
+    start: Int[Array, ""]
+    """How many are there; the next ones are written from here on."""
+
+
 def visible_keys(
-    mask: Int[Array, "B L"] | None, segment_ids: Int[Array, "B L"] | None = None
-) -> Bool[Array, "B 1 Q L"] | None:
-    """Which keys a query may see: the unpadded ones and, with `segment_ids`, only those of its own segment.
+    mask: Int[Array, "B K"] | None,
+    segment_ids: Int[Array, "B K"] | None = None,
+    causal: Bool[Array, "Q K"] | None = None,
+) -> Bool[Array, "#B 1 #Q K"] | None:
+    """Which keys a query may see: the unpadded ones, of its own segment, that do not come after it.
 
     Args:
         mask: 1 for a token, 0 for padding.
         segment_ids: equal for tokens that may attend to each other.
+        causal: which key stands at or before each query.
     """
-    visible = None if mask is None else mask.astype(bool)[:, None, None, :]
+    parts = []
+    if mask is not None:
+        parts.append(mask.astype(bool)[:, None, None, :])
     if segment_ids is not None:
-        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        visible = same if visible is None else visible & same
-    return visible
+        parts.append(segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    if causal is not None:
+        parts.append(causal[None, None])
+    return reduce(jnp.logical_and, parts) if parts else None
 
 
 class Layer(nn.Module):
-    """What the two kinds of layer share: their parts, by name."""
+    """What the two kinds of layer share: their parts, by name. Given a cache, a layer also returns it filled up."""
 
     config: TransformerConfig
     execution: Execution
@@ -112,8 +141,10 @@ class Layer(nn.Module):
     def dropout(self, x: Array) -> Array:
         return nn.Dropout(self.config.hidden_dropout_prob, deterministic=not self.train)(x)
 
-    def attention(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 Q L"] | None) -> Float[Array, "B L D"]:
-        return Attention(self.config, self.execution, self.train, name="attention")(x, mask)
+    def attention(
+        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None
+    ) -> tuple[Float[Array, "B Q D"], Cache | None]:
+        return Attention(self.config, self.execution, self.train, name="attention")(x, mask, cache)
 
     def mlp(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return Mlp(self.config, self.execution, name="mlp")(x)
@@ -123,38 +154,52 @@ class PostNormLayer(Layer):
     """x = norm(x + attention(x));  x = norm(x + mlp(x))"""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 Q L"] | None) -> Float[Array, "B L D"]:
-        x = self.norm("attention_norm")(x + self.dropout(self.attention(x, mask)))
-        return self.norm("mlp_norm")(x + self.dropout(self.mlp(x)))
+    def __call__(
+        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B Q D"], Cache | None]:
+        attended, cache = self.attention(x, mask, cache)
+        x = self.norm("attention_norm")(x + self.dropout(attended))
+        return self.norm("mlp_norm")(x + self.dropout(self.mlp(x))), cache
 
 
 class PreNormLayer(Layer):
     """x = x + attention(norm(x));  x = x + mlp(norm(x))"""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 Q L"] | None) -> Float[Array, "B L D"]:
-        x = x + self.dropout(self.attention(self.norm("attention_norm")(x), mask))
-        return x + self.dropout(self.mlp(self.norm("mlp_norm")(x)))
+    def __call__(
+        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B Q D"], Cache | None]:
+        attended, cache = self.attention(self.norm("attention_norm")(x), mask, cache)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.norm("mlp_norm")(x))), cache
 
 
 class Attention(Layer):
     """softmax(q kT / sqrt(d)) v for each head, and the output projection."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 Q L"] | None) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B Q D"], Cache | None]:
         heads = self.config.num_attention_heads
         width = self.config.hidden_size // heads
         query, key, value = (
             self.dense(self.config.hidden_size, name)(x).reshape(*x.shape[:2], heads, width)
             for name in ("query", "key", "value")
         )
+        if cache is not None:
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(held, new, cache.start, axis=1)
+                for held, new in ((cache.key, key), (cache.value, value))
+            )
+            cache = Cache(key, value, cache.start + x.shape[1])
         scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key, preferred_element_type=jnp.float32)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = nn.softmax(scores).astype(self.execution.dtype)
         weights = nn.Dropout(self.config.attention_probs_dropout_prob, deterministic=not self.train)(weights)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
-        return self.dense(self.config.hidden_size, "output")(mixed)
+        return dense(self.config, self.execution, self.config.hidden_size, "output", residual=True)(mixed), cache
 
 
 class Mlp(nn.Module):
@@ -166,14 +211,15 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         up = dense(self.config, self.execution, self.config.intermediate_size, "up")
-        down = dense(self.config, self.execution, self.config.hidden_size, "down")
+        down = dense(self.config, self.execution, self.config.hidden_size, "down", residual=True)
         return down(ACTIVATIONS[self.config.hidden_act](up(x)))
 
 
 class Transformer(nn.Module):
-    """A stack of layers; returns the last hidden state and, on request, the input of every layer and the last output.
+    """A stack of layers.
 
-    Parameters live under `layer_0`, `layer_1`, ... or, with `execution.scan`, stacked under `layers`.
+    Parameters live under `layer_0`, `layer_1`, ... or, with `execution.scan`, stacked under `layers`; where all layers
+    share them, under `shared_layer` in any case.
     """
 
     config: TransformerConfig
@@ -181,8 +227,20 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B 1 Q L"] | None, *, train: bool, output_hidden_states: bool
-    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L D"], ...]]:
+        self,
+        x: Float[Array, "B Q D"],
+        mask: Bool[Array, "#B 1 #Q K"] | None,
+        caches: tuple[Cache, ...] | None = None,
+        *,
+        train: bool,
+        output_hidden_states: bool,
+    ) -> tuple[Float[Array, "B Q D"], tuple[Float[Array, "B Q D"], ...], tuple[Cache, ...] | None]:
+        """Returns the last hidden state; on request the input of every layer and the last output; the caches.
+
+        Args:
+            mask: which keys each query sees; the keys are those of `x` or, with caches, all that a cache has room for.
+            caches: one a layer, in the order of the layers; layers are then not scanned.
+        """
         kind: Any = PostNormLayer if self.config.norm == "post" else PreNormLayer
         if self.execution.remat:
             policy = (
@@ -190,38 +248,55 @@ class Transformer(nn.Module):
             )
             kind = nn.remat(kind, prevent_cse=not self.execution.scan, policy=policy)
         states = [x]
+        shared = kind(self.config, self.execution, train, name="shared_layer") if self.config.shared_layer else None
         if self.execution.scan:
-            layers = kind(self.config, self.execution, train, name="layers")
+            if caches is not None:
+                raise ValueError("a scanned module takes no caches; use one with scan=False and unstacked parameters")
+            layers = shared or kind(self.config, self.execution, train, name="layers")
 
             def body(layer: nn.Module, x: Array, _: None) -> tuple[Array, Array | None]:
-                x = layer(x, mask)
+                x, _ = layer(x, mask)
                 return x, x if output_hidden_states else None
 
             scan = nn.scan(
                 body,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
+                variable_axes={} if shared else {"params": 0},
+                variable_broadcast="params" if shared else False,
+                split_rngs={"params": not shared, "dropout": True},
                 length=self.config.num_hidden_layers,
             )
             x, stacked = scan(layers, x, None)
             if output_hidden_states:
                 states += list(stacked)
         else:
+            filled = []
             for index in range(self.config.num_hidden_layers):
-                x = kind(self.config, self.execution, train, name=f"layer_{index}")(x, mask)
+                layer = shared or kind(self.config, self.execution, train, name=f"layer_{index}")
+                x, cache = layer(x, mask, None if caches is None else caches[index])
                 states.append(x)
+                filled.append(cache)
+            caches = None if caches is None else tuple(filled)
         if self.config.norm == "pre":
             x = layer_norm(self.config, self.execution, "norm")(x)
             states[-1] = x
-        return x, tuple(states) if output_hidden_states else ()
+        return x, tuple(states) if output_hidden_states else (), caches
 
 
-def dense(config: TransformerConfig, execution: Execution, features: int, name: str) -> nn.Dense:
+def dense(
+    config: TransformerConfig,
+    execution: Execution,
+    features: int,
+    name: str,
+    *,
+    residual: bool = False,
+    use_bias: bool = True,
+) -> nn.Dense:
     return nn.Dense(
         features,
+        use_bias=use_bias,
         dtype=execution.dtype,
         param_dtype=execution.param_dtype,
-        kernel_init=nn.initializers.truncated_normal(config.initializer_range),
+        kernel_init=config.initializer(residual=residual),
         name=name,
     )
 
@@ -241,6 +316,8 @@ def stack_layers(params: Params) -> Params:
     """`layer_0`, `layer_1`, ... of an encoder's parameters -> one `layers` with a leading axis, for `scan`."""
     rest = {key: value for key, value in params.items() if not key.startswith("layer_")}
     layers = [params[f"layer_{index}"] for index in range(len(params) - len(rest))]
+    if not layers:  # shared by all
+        return params
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 

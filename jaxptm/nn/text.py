@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,14 +10,16 @@ from jaxtyping import Float, Int
 from pydantic import Field
 
 from jaxptm.config import Positive, Share
-from jaxptm.nn.core import Execution, Transformer, TransformerConfig, layer_norm, visible_keys
-from jaxptm.nn.heads import Classifier, MlmHead, Pooler
+from jaxptm.nn.core import Cache, Execution, Transformer, TransformerConfig, dense, layer_norm, visible_keys
+from jaxptm.nn.heads import CausalLmHead, Classifier, MlmHead, Pooler, ReplacedTokenHead
 from jaxptm.types import Array
 
 TASKS = (
     "masked-lm",
     "pretraining",
     "next-sentence",
+    "replaced-token",
+    "causal-lm",
     "sequence-classification",
     "token-classification",
     "multiple-choice",
@@ -31,7 +33,11 @@ class TextConfig(TransformerConfig):
 
     vocab_size: Positive = 30522
     max_position_embeddings: Positive = 512
-    type_vocab_size: Positive = 2
+    type_vocab_size: Annotated[int, Field(ge=0)] = 2
+    embedding_size: Positive | None = None
+    """Width of the embeddings, where it is not `hidden_size`: a projection lies between."""
+    embedding_dropout_prob: Share | None = None
+    """Dropout behind the embeddings; `hidden_dropout_prob` where it is null."""
     pad_token_id: Annotated[int, Field(ge=0)] | None = 0
     tie_word_embeddings: bool = True
     classifier_dropout: Share | None = None
@@ -40,9 +46,44 @@ class TextConfig(TransformerConfig):
     pooler: bool = True
     """Whether the bare encoder has a pooler; heads that need one have it regardless."""
 
+    causal: ClassVar[bool] = False
+    """A token attends to those before it; a row is classified by its last token."""
+    embedding_norm: ClassVar[bool] = True
+    counts_tokens: ClassVar[bool] = False
+    """Positions count the tokens that are not padding, from `pad_token_id + 1` on (RoBERTa)."""
+    pooler_activation: ClassVar[str] = "tanh"
+    pooler_dropout: ClassVar[bool] = False
+    """Dropout below the pooler, too, when it serves sequence-classification."""
+    mlm_activation: ClassVar[str | None] = None
+    """Of the masked-LM head, where it is not `hidden_act`."""
+    pair_logits: ClassVar[str] = "seq_relationship_logits"
+    """Name of the output of `pretraining` that says whether B follows A."""
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row may have."""
+        return self.max_position_embeddings - self.first_position
+
+    @property
+    def first_position(self) -> int:
+        return (self.pad_token_id or 0) + 1 if self.counts_tokens else 0
+
+    def head_dropout(self, task: str) -> float:
+        """Dropout under the classifier of `task`."""
+        if task in ("pretraining", "next-sentence", "question-answering"):
+            return 0.0
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
 
 class TextEmbeddings(nn.Module):
-    """norm(token + position + type), with dropout. `table` is what a language-model head ties to."""
+    """norm(token + position + type), with dropout. `table` is what a language-model head ties to.
+
+    A model without token types has no table of them, and GPT-2 no norm.
+    """
 
     config: TextConfig
     execution: Execution
@@ -51,22 +92,25 @@ class TextEmbeddings(nn.Module):
         def embed(entries: int) -> nn.Embed:
             return nn.Embed(
                 entries,
-                self.config.hidden_size,
+                self.config.embedding_width,
                 # In float32 whatever the type of the computation: the gradient of a table is a sum over all tokens, and
                 # half of it is lost when thousands of terms of one entry are added in bfloat16.
                 dtype=jnp.float32,
                 param_dtype=self.execution.param_dtype,
-                embedding_init=nn.initializers.truncated_normal(self.config.initializer_range),
+                embedding_init=self.config.initializer(),
             )
 
         self.token = embed(self.config.vocab_size)
         self.position = embed(self.config.max_position_embeddings)
-        self.token_type = embed(self.config.type_vocab_size)
-        self.norm = layer_norm(self.config, self.execution, None)
-        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+        if self.config.type_vocab_size:
+            self.token_type = embed(self.config.type_vocab_size)
+        if self.config.embedding_norm:
+            self.norm = layer_norm(self.config, self.execution, None)
+        rate = self.config.embedding_dropout_prob
+        self.dropout = nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
 
     @property
-    def table(self) -> Float[Array, "V D"]:
+    def table(self) -> Float[Array, "V E"]:
         return self.token.embedding
 
     def __call__(
@@ -76,13 +120,16 @@ class TextEmbeddings(nn.Module):
         position_ids: Int[Array, "#B L"],
         *,
         train: bool,
-    ) -> Float[Array, "B L D"]:
-        x = self.token(input_ids) + self.token_type(token_type_ids) + self.position(position_ids)
-        return self.dropout(self.norm(x), deterministic=not train)
+    ) -> Float[Array, "B L E"]:
+        x = self.token(input_ids) + self.position(position_ids)
+        if self.config.type_vocab_size:
+            x += self.token_type(token_type_ids)
+        x = self.norm(x) if self.config.embedding_norm else x.astype(self.execution.dtype)
+        return self.dropout(x, deterministic=not train)
 
 
 class TextModel(nn.Module):
-    """An encoder with the head of `task` (None: the bare encoder).
+    """An encoder or decoder with the head of `task` (None: without one).
 
     Outputs are named as in transformers. All logits are float32.
     """
@@ -95,100 +142,159 @@ class TextModel(nn.Module):
     def __call__(
         self,
         input_ids: Int[Array, "*C L"],
-        attention_mask: Int[Array, "*C L"] | None = None,
+        attention_mask: Int[Array, "*C K"] | None = None,
         token_type_ids: Int[Array, "*C L"] | None = None,
         position_ids: Int[Array, "*C L"] | None = None,
         segment_ids: Int[Array, "*C L"] | None = None,
         mlm_positions: Int[Array, "B P"] | None = None,
+        caches: tuple[Cache, ...] | None = None,
         *,
         train: bool = False,
         output_hidden_states: bool = False,
-    ) -> dict[str, Array | tuple[Array, ...]]:
+    ) -> dict[str, Any]:
         """Runs the model.
 
         Args:
             input_ids: [B, L] token ids; [B, C, L] for multiple-choice, as are the other ids.
-            attention_mask: 1 for tokens, 0 for padding; default all ones.
+            attention_mask: 1 for tokens, 0 for padding; default all ones. With caches [B, K], over all their entries.
             token_type_ids: default zeros.
-            position_ids: default 0, 1, ...
+            position_ids: default 0, 1, ..., or as the family counts (`TextConfig.counts_tokens`).
             segment_ids: tokens attend only to equal ids (packed documents).
             mlm_positions: where the language-model head runs; its logits are then [B, P, V] instead of [B, L, V].
+            caches: of the tokens before these (see `empty_caches`); the output `caches` holds these as well.
             train: dropout on; needs the rng `dropout`.
             output_hidden_states: adds `hidden_states`, one [B, L, D] before each layer and one after the last.
         """
+        config, execution = self.config, self.execution
         rows = input_ids.shape[:-1]
         input_ids = input_ids.reshape(-1, input_ids.shape[-1])
         attention_mask, token_type_ids, position_ids, segment_ids = (
-            None if ids is None else ids.reshape(input_ids.shape)
+            None if ids is None else ids.reshape(-1, ids.shape[-1])
             for ids in (attention_mask, token_type_ids, position_ids, segment_ids)
         )
-        embeddings = TextEmbeddings(self.config, self.execution, name="embeddings")
+        embeddings = TextEmbeddings(config, execution, name="embeddings")
         x = embeddings(
             input_ids,
             jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
-            jnp.arange(input_ids.shape[1])[None] if position_ids is None else position_ids,
+            default_positions(config, input_ids) if position_ids is None else position_ids,
             train=train,
         )
-        hidden, states = Transformer(self.config, self.execution, name="encoder")(
-            x, visible_keys(attention_mask, segment_ids), train=train, output_hidden_states=output_hidden_states
+        if config.embedding_width != config.hidden_size:
+            x = dense(config, execution, config.hidden_size, "embeddings_project")(x)
+        causal = None
+        if config.causal:
+            start, keys = (0, x.shape[1]) if caches is None else (caches[0].start, caches[0].key.shape[1])
+            causal = jnp.arange(keys)[None, :] <= (start + jnp.arange(x.shape[1]))[:, None]
+        hidden, states, caches = Transformer(config, execution, name="encoder")(
+            x,
+            visible_keys(attention_mask, segment_ids, causal),
+            caches,
+            train=train,
+            output_hidden_states=output_hidden_states,
         )
 
         def pool() -> Array:
-            return Pooler(self.config, self.execution, name="pooler")(hidden)
+            if config.causal:
+                return hidden[jnp.arange(len(hidden)), last_tokens(config, input_ids, attention_mask)]
+            drops = config.pooler_dropout and self.task == "sequence-classification"
+            below = config.head_dropout(str(self.task)) if drops else 0.0
+            return Pooler(config, execution, config.pooler_activation, below, name="pooler")(hidden, train=train)
 
-        def classify(x: Array, labels: int) -> Array:
-            rate = self.config.classifier_dropout
-            rate = self.config.hidden_dropout_prob if rate is None else rate
-            return Classifier(self.config, self.execution, labels, rate, name="classifier")(x, train=train)
+        def classify(x: Array, labels: int, name: str = "classifier") -> Array:
+            # GPT-2 classifies rows, and nothing else, without a bias.
+            bias = not (config.causal and self.task == "sequence-classification")
+            rate = config.head_dropout(str(self.task))
+            return Classifier(config, execution, labels, rate, bias, name=name)(x, train=train)
 
-        def predict_tokens() -> Array:
+        def predict_tokens(kind: type[MlmHead] | type[CausalLmHead], **options: Any) -> Array:
             at = hidden if mlm_positions is None else jnp.take_along_axis(hidden, mlm_positions[..., None], axis=1)
-            table = embeddings.table if self.config.tie_word_embeddings else None
-            return MlmHead(self.config, self.execution, self.config.vocab_size, name="mlm_head")(at, table)
+            table = embeddings.table if config.tie_word_embeddings else None
+            sizes = (config.vocab_size, config.embedding_width)
+            return kind(config, execution, *sizes, **options)(at, table)
+
+        def predict_masked() -> Array:
+            return predict_tokens(MlmHead, activation=config.mlm_activation or config.hidden_act, name="mlm_head")
 
         def is_next() -> Array:
-            return Classifier(self.config, self.execution, 2, 0.0, name="nsp_head")(pool(), train=train)
+            return classify(pool(), 2, "nsp_head")
 
         match self.task:
             case None:
                 out = {"last_hidden_state": hidden}
-                if self.config.pooler:
+                if config.pooler:
                     out["pooler_output"] = pool()
             case "masked-lm":
-                out = {"logits": predict_tokens()}
+                out = {"logits": predict_masked()}
             case "pretraining":
-                out = {"prediction_logits": predict_tokens(), "seq_relationship_logits": is_next()}
+                out = {"prediction_logits": predict_masked(), config.pair_logits: is_next()}
             case "next-sentence":
                 out = {"logits": is_next()}
+            case "replaced-token":
+                out = {"logits": ReplacedTokenHead(config, execution, name="replaced_token_head")(hidden)}
+            case "causal-lm":
+                out = {"logits": predict_tokens(CausalLmHead, name="causal_lm_head")}
             case "sequence-classification":
-                out = {"logits": classify(pool(), self.config.num_labels)}
+                out = {"logits": classify(pool(), config.num_labels)}
             case "token-classification":
-                out = {"logits": classify(hidden, self.config.num_labels)}
+                out = {"logits": classify(hidden, config.num_labels)}
             case "multiple-choice":
                 out = {"logits": classify(pool(), 1).reshape(rows)}
             case "question-answering":
-                span = Classifier(self.config, self.execution, 2, 0.0, name="qa_head")(hidden, train=train)
+                span = classify(hidden, 2, "qa_head")
                 out = {"start_logits": span[..., 0], "end_logits": span[..., 1]}
             case _:
                 raise ValueError(f"task {self.task!r} is not one of {', '.join(TASKS)}")
         if output_hidden_states:
             out["hidden_states"] = states
+        if caches is not None:
+            out["caches"] = caches
         return out
+
+
+def default_positions(config: TextConfig, input_ids: Int[Array, "B L"]) -> Int[Array, "#B L"]:
+    """0, 1, ...; or from `first_position` on at tokens, and the position before at padding (fairseq, utils.py)."""
+    if not config.counts_tokens:
+        return jnp.arange(input_ids.shape[1])[None]
+    tokens = input_ids != config.pad_token_id
+    return jnp.cumsum(tokens, axis=1) * tokens + config.first_position - 1
+
+
+def last_tokens(
+    config: TextConfig, input_ids: Int[Array, "B L"], attention_mask: Int[Array, "B L"] | None
+) -> Int[Array, " B"]:
+    """Where the last token of each row stands; without a mask, padding is what `pad_token_id` says."""
+    if attention_mask is None:
+        attention_mask = input_ids != (-1 if config.pad_token_id is None else config.pad_token_id)
+    return jnp.max(jnp.arange(input_ids.shape[1])[None] * attention_mask, axis=1)
+
+
+def empty_caches(config: TextConfig, execution: Execution, rows: int, length: int) -> tuple[Cache, ...]:
+    """Caches with room for `length` tokens a row, one a layer."""
+    shape = (rows, length, config.num_attention_heads, config.hidden_size // config.num_attention_heads)
+    empty = jnp.zeros(shape, execution.dtype)
+    return (Cache(empty, empty, jnp.zeros((), jnp.int32)),) * config.num_hidden_layers
 
 
 def forward_flops(config: TextConfig, task: str | None, rows: int, length: int, predictions: int) -> float:
     """Floating point operations of the matrix products of one forward pass, two a multiply-add.
 
-    The usual count for model FLOP utilisation: padding counts, and norms, activations and lookups do not.
+    The usual count for model FLOP utilisation: padding counts, and norms, activations and lookups do not. Causal
+    attention counts in full, as it is computed.
 
     Args:
         predictions: tokens a row that a language-model head runs on.
     """
-    width, inner = config.hidden_size, config.intermediate_size
+    width, inner, embedded = config.hidden_size, config.intermediate_size, config.embedding_width
     token = config.num_hidden_layers * (4 * width**2 + 2 * width * inner + 2 * length * width)
+    if embedded != width:
+        token += embedded * width
+    if task == "replaced-token":
+        token += width**2 + width
     head = 0
     if task in ("masked-lm", "pretraining"):
-        head += predictions * (width**2 + width * config.vocab_size)
-    if task in POOLED_TASKS:
+        head += predictions * (width * embedded + embedded * config.vocab_size)
+    if task == "causal-lm":
+        head += predictions * embedded * config.vocab_size
+    if task in POOLED_TASKS and not config.causal:
         head += width**2
     return 2.0 * rows * (length * token + head)
