@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxptm.config import LoopConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from jaxptm.config import LoopConfig, MaskedLmConfig, OptimizerConfig, ParallelConfig
 from jaxptm.cost import step_cost
 from jaxptm.models import PRESETS
 from jaxptm.nn.core import Execution
@@ -56,7 +56,7 @@ def compile_step(arguments: argparse.Namespace, dtype: str = "bfloat16", **paral
     family, config = PRESETS[arguments.model]
     execution = Execution(dtype=jnp.dtype(dtype), remat=layout.remat, scan=layout.scan)
     module = family.module(config, "pretraining", execution)
-    settings = ObjectiveConfig(name="pretraining")
+    settings = MaskedLmConfig(name="pretraining")
     tables = VocabularyTables(np.zeros(config.vocab_size, bool), np.zeros(config.vocab_size, bool))
     objective = masked_language_model(settings, module, tables, 103, arguments.length)
     params = jax.eval_shape(objective.init, jax.random.key(0))

@@ -50,8 +50,8 @@ class TextData(Config):
     """Whether a vocabulary trained here, or read from a bare `vocab.txt`, folds case and strips accents."""
     sequence_length: Annotated[int, Field(ge=8)] = 128
     format: Literal["pairs", "packed", "stream"] = "pairs"
-    """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one. `packed`: [CLS] and [SEP] around rows full
-    of whole sentences. `stream`: every `sequence_length` tokens of the corpus a row, with nothing around it (GPT-2)."""
+    """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one (ALBERT: the two in their order or not).
+    `packed`: [CLS], as many whole sentences as fit, [SEP]. `stream`: rows full of tokens, with no frame (GPT-2)."""
     short_probability: Share = 0.1
     """Share of the pairs that aim for a random shorter length (BERT: 0.1)."""
     separate_documents: bool = False
@@ -71,8 +71,8 @@ class TextData(Config):
         return self
 
 
-class ObjectiveConfig(Config):
-    """What the model learns: `masked-lm`, or `pretraining` (masked LM and next sentence, BERT section 3.1)."""
+class MaskedLmConfig(Config):
+    """`masked-lm`; or `pretraining`, with next-sentence prediction (BERT section 3.1) or sentence order (ALBERT 3.1)."""
 
     name: Literal["masked-lm", "pretraining"]
     masking: Literal["tokens", "words", "spans"] = "tokens"
@@ -85,12 +85,44 @@ class ObjectiveConfig(Config):
         return self.max_predictions or math.ceil(self.mask_probability * sequence_length)
 
 
+class ReplacedTokenConfig(Config):
+    """`replaced-token`: a discriminator finds the tokens that a generator, trained beside it, has put in (ELECTRA)."""
+
+    name: Literal["replaced-token"]
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    max_predictions: Positive | None = None
+    """Static number of tokens a row to replace; default `int((mask_probability + 0.005) * sequence_length)`."""
+    generator_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the generator's masked-LM loss in the sum."""
+    discriminator_weight: Annotated[float, Field(ge=0)] = 50.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the generator's distribution that replacements are drawn from."""
+
+    def slots(self, sequence_length: int) -> int:
+        """Prediction slots of a row of `sequence_length` tokens (google-research/electra, configure_pretraining.py)."""
+        return self.max_predictions or max(1, int((self.mask_probability + 0.005) * sequence_length))
+
+
+class CausalLmConfig(Config):
+    """`causal-lm`: predict each token from those before it (GPT-2)."""
+
+    name: Literal["causal-lm"]
+
+    def slots(self, sequence_length: int) -> int:
+        """Tokens of a row that the head runs on."""
+        return sequence_length
+
+
+ObjectiveConfig = Annotated[MaskedLmConfig | ReplacedTokenConfig | CausalLmConfig, Field(discriminator="name")]
+"""What the model learns, by `name`."""
+
+
 class OptimizerConfig(Config):
     """An optax optimizer. `bert_adam` is the one of BERT and ELECTRA: AdamW without bias correction."""
 
     name: Literal["adamw", "bert_adam", "lamb"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
-    schedule: Literal["linear", "bert_linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    schedule: Literal["linear", "bert_linear", "electra_linear", "cosine", "constant", "inverse_sqrt"] = "linear"
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
     """Steps (an integer) or a share of all steps (a fraction below one)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -99,6 +131,10 @@ class OptimizerConfig(Config):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from a layer to the one below (ELECTRA's fine-tuning: 0.8); heads keep all of it."""
+    layer_decay_form: Literal["paper", "code"] = "paper"
+    """`code`: as google-research/electra computes it, with one factor more below the heads than the paper says."""
 
 
 class LoopConfig(Config):
@@ -175,6 +211,8 @@ class TrainConfig(Config):
     def _check(self) -> TrainConfig:
         if self.objective.name == "pretraining" and self.data.format != "pairs":
             raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")
+        if self.objective.name == "causal-lm" and self.data.format == "pairs":
+            raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` (or packed)")
         return self
 
 
@@ -253,7 +291,9 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    # pydantic appends the branches of a union to the location; they are no keys of the file.
+    # pydantic puts the branches of unions into the location, of `objective` its name; they are no keys of the file.
+    if location[:1] == ("objective",):
+        location = ("objective", *location[2:])
     keys = [str(part) for part in location if not re.search(r"[\[\]]|^(int|float|str|constrained-.*)$", str(part))]
     return ".".join(keys) or "(top level)"
 
@@ -261,8 +301,10 @@ def _path(location: tuple[int | str, ...]) -> str:
 def _reason(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return "there is no such key"
-    if item["type"] == "missing":
-        return "is missing"
+    if item["type"] in ("missing", "union_tag_not_found"):
+        return "is missing" if item["type"] == "missing" else "`name` is missing"
+    if item["type"] == "union_tag_invalid":
+        return f"`name` should be {item['ctx']['expected_tags'].replace(', ', ' or ')}, not {item['ctx']['tag']!r}"
     message = item["msg"].removeprefix("Value error, ")
     shown = "" if item["type"] == "value_error" else f", not {item['input']!r}"
     return f"{message[0].lower()}{message[1:]}{shown}"

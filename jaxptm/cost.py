@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -50,6 +50,16 @@ class StepCost:
     activations: float
     traffic: dict[str, float]
     collectives: dict[str, float]
+
+    def __add__(self, other: StepCost) -> StepCost:
+        """Both in one step."""
+
+        def sums(ours: Any, theirs: Any) -> Any:
+            if isinstance(ours, dict):
+                return {name: ours.get(name, 0.0) + theirs.get(name, 0.0) for name in ours | theirs}
+            return ours + theirs
+
+        return StepCost(*(sums(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
     @property
     def peak(self) -> float:
@@ -109,6 +119,7 @@ def step_cost(
     data: int = 1,
     fsdp: int = 1,
     tensor: int = 1,
+    shares_embeddings: bool = False,
 ) -> StepCost:
     """The cost of one optimizer step of a text model, laid out as `jaxptm.parallel` does.
 
@@ -119,6 +130,7 @@ def step_cost(
         length: tokens a row.
         predictions: tokens a row that a language-model head runs on.
         moments: values that the optimizer keeps for each parameter; 2 for `adamw`, `bert_adam` and `lamb`.
+        shares_embeddings: the tables are another model's, and counted there.
 
     Raises:
         JaxptmError: the rows do not divide among microbatches and devices.
@@ -130,8 +142,8 @@ def step_cost(
         )
     here = rows // (data * fsdp)
     layers, compute = config.num_hidden_layers, jnp.dtype(execution.dtype).itemsize
-    has_head = task in ("masked-lm", "pretraining")
-    weights = _weights(config, task, execution, fsdp, tensor)
+    has_head = task in ("masked-lm", "pretraining", "causal-lm")
+    weights = _weights(config, task, execution, fsdp, tensor, shares_embeddings)
     cast = jnp.dtype(execution.dtype) != jnp.dtype(execution.param_dtype)
 
     forward = forward_flops(config, task, here, length, predictions) / tensor
@@ -239,12 +251,16 @@ class _Weights:
 
 
 @cache
-def _weights(config: TextConfig, task: str | None, execution: Execution, fsdp: int, tensor: int) -> _Weights:
+def _weights(
+    config: TextConfig, task: str | None, execution: Execution, fsdp: int, tensor: int, shares_embeddings: bool
+) -> _Weights:
     """Counts parameters as `jaxptm.parallel.partition` divides them."""
     stored = count = in_layers = 0.0
     itemsize = jnp.dtype(execution.param_dtype).itemsize
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(TextModel(config, task, execution))):
         names = tuple(str(part.key) for part in path)
+        if shares_embeddings and names[0] == "embeddings":
+            continue
         divided = partition(names, leaf.shape, {"fsdp": fsdp, "tensor": tensor})
         size = leaf.size / (tensor if "tensor" in divided else 1)
         stored += itemsize * size / (fsdp if "fsdp" in divided else 1)
@@ -271,7 +287,7 @@ def _kept_by_layer(config: TextConfig, execution: Execution, length: int, tensor
     def residuals(rows: int) -> Any:
         def keep(key: Array, x: Array, mask: Array) -> Any:
             def apply(variables: Params, x: Array) -> Array:
-                return layer.apply(variables, x, mask, rngs={"dropout": key})
+                return layer.apply(variables, x, mask, rngs={"dropout": key})[0]
 
             if execution.remat:
                 apply = jax.checkpoint(apply, policy=policies.get(str(execution.remat)))

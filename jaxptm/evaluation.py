@@ -13,10 +13,8 @@ from jaxptm.config import TrainConfig
 from jaxptm.data.batching import one_pass
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.parallel import check_tensor, compile_evaluate, host_rows, make_mesh, put_batch, shardings
-from jaxptm.pretrained import from_pretrained
-from jaxptm.run import Run, open_run
-from jaxptm.step import make_evaluate, total
-from jaxptm.storage import Mirror, is_remote
+from jaxptm.run import Run, open_models, open_run
+from jaxptm.step import make_evaluate
 from jaxptm.types import JaxptmError, Params
 
 EVALUATION = 2
@@ -27,25 +25,25 @@ def evaluate(path: str | Path, config: TrainConfig) -> dict[str, Any]:
     """Measures a model on the held-out data of `config`.
 
     Args:
-        path: a run directory or its URL (its `model/` is taken), a Hugging Face directory or a hub name.
+        path: a run directory or its URL (its `model/` is taken, and for ELECTRA its `generator/`), a Hugging Face
+            directory or a hub name.
         config: says the data, the objective and the masks (`train.seed`).
 
     Raises:
         JaxptmError: the config holds nothing out, or the model does not fit it.
     """
-    if is_remote(str(path)):
-        path = Mirror(str(path)).pull("model")
-    elif (Path(path) / "model").is_dir():
-        path = Path(path) / "model"
-    model = from_pretrained(path, config.objective.name, dtype=config.train.dtype)
-    run = open_run(config, module=model.module)
+    models = open_models(path, config.objective, dtype=config.train.dtype)
+    run = open_run(config, {name: model.module for name, model in models.items()})
     if run.held_out is None:
         raise JaxptmError("nothing is held out: set data.eval_files or data.eval_fraction.")
-    if model.tokenizer.get_vocab() != load_tokenizer(run.tokenizer_directory).get_vocab():
-        raise JaxptmError(f"{path} has another vocabulary than data.tokenizer {config.data.tokenizer}.")
+    for model in models.values():
+        if model.tokenizer.get_vocab() != load_tokenizer(run.tokenizer_directory).get_vocab():
+            raise JaxptmError(f"{model.source} has another vocabulary than data.tokenizer {config.data.tokenizer}.")
     mesh = make_mesh(config.parallel, config.train)
-    check_tensor(mesh, model.config)
-    return make_evaluator(run, mesh)(jax.device_put(model.params, shardings(model.params, mesh)))
+    for module in run.objective.modules.values():
+        check_tensor(mesh, module.config)
+    params = run.objective.join({name: model.params for name, model in models.items()})
+    return make_evaluator(run, mesh)(jax.device_put(params, shardings(params, mesh)))
 
 
 def make_evaluator(run: Run, mesh: jax.sharding.Mesh) -> Callable[[Params], dict[str, float]]:
@@ -62,6 +60,7 @@ def make_evaluator(run: Run, mesh: jax.sharding.Mesh) -> Callable[[Params], dict
             part = step(params, put_batch(mesh, batch, loop.batch_size), jnp.int32(index))
             means = part if means is None else jax.tree.map(jnp.add, means, part)
         terms, scores = jax.device_get(means)
-        return {"loss": float(total(terms))} | {name: float(mean.value) for name, mean in {**terms, **scores}.items()}
+        values = {name: float(mean.value) for name, mean in {**terms, **scores}.items()}
+        return {"loss": float(run.objective.total(terms))} | values | run.objective.summary(values)
 
     return evaluator

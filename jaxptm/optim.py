@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxptm.config import OptimizerConfig
@@ -22,6 +23,8 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
     - `bert_adam`: google-research/bert `optimization.py`: the same without bias correction.
     - `lamb`: You et al. 2020, algorithm 2. Leaves without decay also go without the trust ratio, as in the reference
       implementations (google-research/albert `lamb_optimizer.py`, NVIDIA apex `FusedLAMB`).
+
+    With `layer_decay` the learning rate of each leaf, decay included, is multiplied by `layer_factors`.
 
     Args:
         config: what to build.
@@ -41,6 +44,8 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
     parts += [optax.add_decayed_weights(config.weight_decay, decayed)]
     if config.name == "lamb":
         parts += [optax.masked(_scale_by_trust_ratio(), decayed)]
+    if config.layer_decay < 1:
+        parts += [_scale_by_depth(config.layer_decay, config.layer_decay_form)]
     return _in_float32(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
 
 
@@ -87,6 +92,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     `linear` and `cosine` fall to 0 at `steps`, `constant` stays, `inverse_sqrt` falls as sqrt(warmup / step).
     `bert_linear` falls from step 0 on, so that it never reaches the peak after a warmup (google-research/bert
+    `optimization.py`). `electra_linear` does so too, and the warmup multiplies what has fallen (google-research/electra
     `optimization.py`).
 
     Raises:
@@ -94,7 +100,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     peak = config.learning_rate
     warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * steps)
-    if config.schedule in ("linear", "bert_linear", "cosine") and warmup >= steps:
+    if config.schedule in ("linear", "bert_linear", "electra_linear", "cosine") and warmup >= steps:
         raise JaxptmError(
             f"optimizer.warmup is {warmup} steps, but train.steps is {steps} and the {config.schedule} schedule has to "
             "fall after the warmup: shorten optimizer.warmup or raise train.steps."
@@ -106,7 +112,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         match config.schedule:
             case "linear":
                 return optax.linear_schedule(peak, 0.0, steps - warmup)(step - warmup)
-            case "bert_linear":
+            case "bert_linear" | "electra_linear":
                 return optax.linear_schedule(peak, 0.0, steps)(step)
             case "cosine":
                 return optax.cosine_decay_schedule(peak, steps - warmup)(step - warmup)
@@ -117,7 +123,10 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     def learning_rate(step: Any) -> Array:
         step = jnp.asarray(step)
-        return jnp.where(step < warmup, peak * step / max(warmup, 1), after_warmup(step))
+        rising = step / max(warmup, 1)
+        if config.schedule == "electra_linear":
+            return jnp.minimum(rising if warmup else 1.0, 1.0) * after_warmup(step)
+        return jnp.where(step < warmup, peak * rising, after_warmup(step))
 
     return learning_rate
 
@@ -129,6 +138,52 @@ def decayed_leaves(params: Params) -> list[str]:
         JaxptmError: a leaf of unknown name.
     """
     return [_join(path) for path, decays in jax.tree_util.tree_leaves_with_path(_decay_mask(params)) if decays]
+
+
+def layer_factors(params: Params, decay: float, form: Literal["paper", "code"]) -> Params:
+    """What multiplies the learning rate of each leaf: `decay` once for every layer between it and the heads.
+
+    With n layers a head keeps 1, the top layer has decay, the bottom one decay^n and the embeddings decay^(n + 1)
+    (Clark et al. 2020, appendix B). `code` has one factor more on all but the heads, as `_get_layer_lrs` in optimization.py
+    of google-research/electra. For layers that are stacked, one factor each along the first axis.
+
+    Raises:
+        JaxptmError: the parameters are not those of one model with layers of their own.
+    """
+    if "shared_layer" in params.get("encoder", {"shared_layer": None}):
+        raise JaxptmError(
+            "optimizer.layer_decay: needs one model whose layers have parameters of their own (not ALBERT, nor "
+            "replaced-token pre-training with its two); leave it at 1."
+        )
+    extra = 1 if form == "code" else 0
+
+    encoder = params["encoder"]
+    depth = sum(name.startswith("layer_") for name in encoder)
+    if "layers" in encoder:
+        depth = jax.tree.leaves(encoder["layers"])[0].shape[0]
+
+    def factor(path: Any, leaf: Any) -> Any:
+        names = [part.key for part in path]
+        match names[0]:
+            case "embeddings" | "embeddings_project":
+                return decay ** (depth + 1 + extra)
+            case "encoder" if names[1] == "layers":
+                powers = decay ** (depth - np.arange(depth) + extra)
+                return powers.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+            case "encoder" if names[1].startswith("layer_"):
+                return decay ** (depth - int(names[1].removeprefix("layer_")) + extra)
+        return 1.0  # heads, and a norm behind the top layer
+
+    return jax.tree_util.tree_map_with_path(factor, params)
+
+
+def _scale_by_depth(decay: float, form: Literal["paper", "code"]) -> optax.GradientTransformation:
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return jax.tree.map(lambda u, factor: u * factor, updates, layer_factors(updates, decay, form)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _decay_mask(params: Params) -> Params:

@@ -33,6 +33,7 @@ TENSOR_AXIS: dict[tuple[str, ...], int] = {
     ("down", "kernel"): -2,
     ("token", "embedding"): -2,
     ("mlm_head", "embedding"): -2,
+    ("causal_lm_head", "embedding"): -2,
     ("mlm_head", "bias"): -1,
 }
 """End of a parameter's path -> the axis that tensor parallelism divides; parameters that are not here are copied."""

@@ -276,20 +276,23 @@ def read_config(family: Family, hf_config: Mapping[str, Any], directory: Path) -
         raise JaxptmError(f"{path}: {error}.") from error
 
 
-def model_config(model: str | Mapping[str, Any], vocab_size: int) -> tuple[Family, TextConfig]:
+def model_config(
+    model: str | Mapping[str, Any], vocab_size: int, pad_token_id: int | None = None
+) -> tuple[Family, TextConfig]:
     """The model of a training config: a preset, a directory or hub name, or `{preset: ..., field: value}`.
 
     Args:
-        vocab_size: of the tokenizer; a preset takes it unless the fields say otherwise.
+        vocab_size: of the tokenizer; a preset takes it unless the fields say otherwise, as it does `pad_token_id`.
 
     Raises:
         JaxptmError: no such preset or field, or a vocabulary smaller than the tokenizer's.
     """
     fields = {"preset": model} if isinstance(model, str) else dict(model)
     preset = fields.pop("preset", None)
+    of_tokenizer = {"vocab_size": vocab_size} | ({} if pad_token_id is None else {"pad_token_id": pad_token_id})
     if preset in PRESETS:
         family, config = PRESETS[preset]
-        fields = {**config.model_dump(), "vocab_size": vocab_size, **fields}
+        fields = {**config.model_dump(), **of_tokenizer, **fields}
     elif preset is not None:
         try:
             directory = files.resolve(preset)
@@ -302,7 +305,7 @@ def model_config(model: str | Mapping[str, Any], vocab_size: int) -> tuple[Famil
         if name not in FAMILIES:
             raise JaxptmError(f"model.family: {name!r} is not one of {', '.join(FAMILIES)}.")
         family = FAMILIES[name]
-        fields = {"vocab_size": vocab_size, **fields}
+        fields = {**of_tokenizer, **fields}
     config = validate(family.config, fields, "model")
     if config.vocab_size < vocab_size:
         raise JaxptmError(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxptm.config import ParallelConfig, TextData, TrainConfig, dump_config, load_config
+from jaxptm.config import (
+    CausalLmConfig,
+    MaskedLmConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    ReplacedTokenConfig,
+    TextData,
+    TrainConfig,
+    dump_config,
+    load_config,
+)
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.prepare import Progress, prepare
-from jaxptm.data.text import PackedSentences, SentencePairs
+from jaxptm.data.text import PackedSentences, SentencePairs, TextSource
 from jaxptm.data.tokenizer import load_tokenizer, special_tokens
 from jaxptm.hosts import exchange, is_main, together
+from jaxptm.models.electra import ElectraConfig
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TextModel
+from jaxptm.nn.text import PRETRAINING_TASKS, TextModel
 from jaxptm.objectives import Objective
-from jaxptm.objectives.language import masked_language_model
+from jaxptm.objectives.electra import replaced_token_detection
+from jaxptm.objectives.language import causal_language_model, masked_language_model
 from jaxptm.ops.masking import vocabulary_tables
-from jaxptm.pretrained import check_vocabulary, model_config
+from jaxptm.pretrained import Model, check_vocabulary, from_pretrained, model_config
 from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
 from jaxptm.types import JaxptmError
 
@@ -42,7 +55,7 @@ class Run:
         directory: where the run writes; for a remote `out`, what is copied there.
         checkpoints: their directory, which may be remote.
         tokenizer_directory: tokenizer files, to be saved with the model.
-        objective: what is learned, and by which module.
+        objective: what is learned, and by which modules.
         train: examples by index, without end.
         held_out: examples by index for evaluation; None where nothing is held out.
         corpus: names the prepared text by its content; a run goes on only with the same.
@@ -54,17 +67,19 @@ class Run:
     checkpoints: Path | Any
     tokenizer_directory: Path
     objective: Objective
-    train: SentencePairs | PackedSentences
-    held_out: SentencePairs | PackedSentences | None
+    train: TextSource[Any]
+    held_out: TextSource[Any] | None
     corpus: str
     steps: int
 
 
-def open_run(config: TrainConfig, module: TextModel | None = None, progress: Progress | None = None) -> Run:
+def open_run(
+    config: TrainConfig, modules: Mapping[str, TextModel] | None = None, progress: Progress | None = None
+) -> Run:
     """Prepares the corpus where that has not been done, and opens everything that `config` names.
 
     Args:
-        module: instead of the one that `config.model` describes.
+        modules: instead of those that `config.model` describes.
         progress: called while the corpus is prepared, with the share done and a line.
 
     Raises:
@@ -81,7 +96,7 @@ def open_run(config: TrainConfig, module: TextModel | None = None, progress: Pro
         if first and manifests[jax.process_index()] != manifests[0]:
             _prepare(config, prepared, None)
     with together():
-        run = _open(config, module, prepared)
+        run = _open(config, modules, prepared)
     if len(set(exchange(run.corpus))) > 1:
         raise JaxptmError(f"{prepared}: the processes hold different texts; give all of them the same data.files.")
     return run
@@ -92,40 +107,37 @@ def _prepare(config: TrainConfig, prepared: Path, progress: Progress | None) -> 
         raise JaxptmError(f"{prepared}: other hosts are still preparing their files; start again when they are done.")
 
 
-def _open(config: TrainConfig, module: TextModel | None, prepared: Path) -> Run:
+def _open(config: TrainConfig, modules: Mapping[str, TextModel] | None, prepared: Path) -> Run:
     data, manifest = config.data, Manifest.load(prepared)
     tokenizer_directory = prepared / "tokenizer"
     tokenizer = load_tokenizer(tokenizer_directory)
-    if tokenizer.mask_token_id is None:
-        raise JaxptmError(f"data.tokenizer: {data.tokenizer} has no mask token, which {config.objective.name} needs.")
-
-    module = module or make_module(config, len(tokenizer))
-    check_vocabulary(tokenizer, module.config, f"data.tokenizer {data.tokenizer}")
-    if data.sequence_length > module.config.max_position_embeddings:
+    objective = make_objective(config, tokenizer, modules)
+    module = objective.module
+    if data.sequence_length > module.config.max_length:
         raise JaxptmError(
-            f"data.sequence_length: {data.sequence_length} is more than the model's "
-            f"{module.config.max_position_embeddings} positions (model.max_position_embeddings)."
+            f"data.sequence_length: {data.sequence_length} is more than the {module.config.max_length} tokens that "
+            f"the model has positions for (model.max_position_embeddings: {module.config.max_position_embeddings})."
         )
     if data.format == "pairs" and module.config.type_vocab_size < 2:
         raise JaxptmError(
             f"model.type_vocab_size: {module.config.type_vocab_size} is too small for data.format: pairs, whose second "
             "segment has token type 1."
         )
-    objective = masked_language_model(
-        config.objective, module, vocabulary_tables(tokenizer), tokenizer.mask_token_id, data.sequence_length
-    )
-
     train, held_out = Corpus.open(prepared, "train"), None
     if data.eval_files is not None:
         held_out = Corpus.open(prepared, "eval")
     elif data.eval_fraction > 0:
         train, held_out = train.split(data.eval_fraction)
 
-    def examples(corpus: Corpus, seed: int) -> SentencePairs | PackedSentences:
+    def examples(corpus: Corpus, seed: int) -> TextSource[Any]:
+        if data.format == "stream":
+            from jaxptm.data.text import TokenStream
+            from jaxptm.data.tokenizer import pad_token
+            return TokenStream(corpus, pad_token(tokenizer), data.sequence_length, seed, data.separate_documents)
         special = special_tokens(tokenizer)
-        if data.format == "pairs":
-            return SentencePairs(corpus, special, data.sequence_length, seed, data.short_probability)
-        return PackedSentences(corpus, special, data.sequence_length, seed, data.separate_documents)
+        if data.format == "packed":
+            return PackedSentences(corpus, special, data.sequence_length, seed, data.separate_documents)
+        return SentencePairs(corpus, special, data.sequence_length, seed, data.short_probability)
 
     seed = config.train.seed
     source = examples(train, seed)
@@ -143,16 +155,81 @@ def _open(config: TrainConfig, module: TextModel | None, prepared: Path) -> Run:
     )
 
 
-def make_module(config: TrainConfig, vocab_size: int) -> TextModel:
-    """The module that `config` trains, for a tokenizer of `vocab_size` entries."""
-    family, model = model_config(config.model, vocab_size)
+def make_objective(config: TrainConfig, tokenizer: Any, modules: Mapping[str, TextModel] | None = None) -> Objective:
+    """What `config` trains, over text of `tokenizer`.
+
+    Raises:
+        JaxptmError: objective, model and tokenizer do not go together.
+    """
+    settings, length = config.objective, config.data.sequence_length
+    modules = modules or make_modules(config, tokenizer)
+    source = f"data.tokenizer {config.data.tokenizer}"
+    for module in modules.values():
+        check_vocabulary(tokenizer, module.config, source)
+        if module.config.counts_tokens and module.config.pad_token_id != tokenizer.pad_token_id:
+            raise JaxptmError(
+                f"model.pad_token_id: is {module.config.pad_token_id}, but {source} has {tokenizer.pad_token_id}; "
+                "this model counts positions by it."
+            )
+    if isinstance(settings, CausalLmConfig):
+        return causal_language_model(settings, modules["model"])
+    if tokenizer.mask_token_id is None:
+        raise JaxptmError(f"{source}: has no mask token, which objective.name: {settings.name} needs.")
+    tables = vocabulary_tables(tokenizer)
+    if isinstance(settings, MaskedLmConfig):
+        return masked_language_model(settings, modules["model"], tables, tokenizer.mask_token_id, length)
+    return replaced_token_detection(
+        settings, modules["model"], modules["generator"], tables, tokenizer.mask_token_id, length
+    )
+
+
+def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, TextModel]:
+    """The modules that `config` trains, by the directory of the run that they are exported to.
+
+    Raises:
+        JaxptmError: the model's family has no head for the objective, or its generator does not come out.
+    """
+    family, model = model_config(config.model, len(tokenizer), tokenizer.pad_token_id)
+    task = config.objective.name
+    if task not in family.architectures:
+        tasks = ", ".join(str(name) for name in family.architectures if name in PRETRAINING_TASKS)
+        raise JaxptmError(f"objective.name: a {family.model_type} does not learn {task!r}; it learns {tasks}.")
     execution = Execution(
         dtype=jnp.dtype(config.train.dtype),
         param_dtype=jnp.dtype(config.train.param_dtype),
         remat=config.parallel.remat,
         scan=config.parallel.scan,
     )
-    return family.module(model, config.objective.name, execution)
+    modules = {"model": family.module(model, task, execution)}
+    if isinstance(model, ElectraConfig) and task == "replaced-token":
+        modules["generator"] = family.module(model.generator(), "masked-lm", execution)
+    return modules
+
+
+def open_models(source: str | Path, settings: ObjectiveConfig, **options: Any) -> dict[str, Model]:
+    """The models that an objective trains, with weights, by the directory of a run that they are exported to.
+
+    Args:
+        source: a run directory or its URL; where only one model is trained also a model directory or a hub name.
+        **options: of `from_pretrained`.
+
+    Raises:
+        JaxptmError: a model is missing or does not fit.
+    """
+    tasks: dict[str, str] = {"model": settings.name}
+    if isinstance(settings, ReplacedTokenConfig):
+        tasks["generator"] = "masked-lm"
+    models = {}
+    for name, task in tasks.items():
+        path: str | Path = source
+        if is_remote(str(source)):
+            path = Mirror(str(source)).pull(name)
+        elif (Path(source) / name).is_dir():
+            path = Path(source) / name
+        elif len(tasks) > 1:
+            raise JaxptmError(f"{source}: has no directory {name}/; {settings.name} needs {', '.join(tasks)} of a run.")
+        models[name] = from_pretrained(path, task, **options)
+    return models
 
 
 def prepared_directory(config: TrainConfig) -> Path:
@@ -211,7 +288,7 @@ def _claim(directory: Path, checkpoints: Path | Any, config: TrainConfig) -> Non
 
 
 def _fingerprint(data: TextData) -> str:
-    keys = ("files", "eval_files", "text_field", "tokenizer", "vocab_size", "lowercase")
+    keys = ("files", "eval_files", "text_field", "tokenizer", "tokenizer_model", "vocab_size", "lowercase")
     content = {key: value for key, value in data.model_dump().items() if key in keys}
     return _hash(content)
 

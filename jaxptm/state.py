@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from jaxptm.hosts import together
 from jaxptm.models.params import flatten, map_params, stacked, unstacked
 from jaxptm.parallel import shardings
-from jaxptm.pretrained import from_pretrained
-from jaxptm.run import Run
+from jaxptm.run import Run, open_models
 from jaxptm.types import Array, JaxptmError, Params, TrainState
 
 Rearrange = Callable[[TrainState], TrainState]
@@ -29,7 +28,7 @@ def stored_form(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, R
     stored = jax.eval_shape(partial(map_params, unstacked), shapes)
     layout = shardings(stored, mesh)
     placed = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), stored, layout)
-    if not run.objective.module.execution.scan:
+    if not run.objective.execution.scan:
         return placed, lambda state: state, lambda state: state
     there = jax.jit(partial(map_params, unstacked), out_shardings=layout)
     back = jax.jit(partial(map_params, stacked), out_shardings=shardings(shapes, mesh))
@@ -64,12 +63,13 @@ def gathered(params: Params) -> Params:
 
 def _loaded_params(run: Run, source: str) -> Params:
     """The parameters of `init_from`, in the form that the module has."""
-    module = run.objective.module
-    dtype = module.execution.param_dtype
-    model = from_pretrained(source, module.task, param_dtype=dtype, seed=run.config.train.seed)
+    objective = run.objective
+    options = {"param_dtype": objective.execution.param_dtype, "seed": run.config.train.seed}
+    models = open_models(source, run.config.objective, **options)
+    loaded = objective.join({name: model.params for name, model in models.items()})
     ours, theirs = (
         {path: leaf.shape for path, leaf in flatten(params).items()}
-        for params in (jax.eval_shape(lambda key: unstacked(run.objective.init(key)), jax.random.key(0)), model.params)
+        for params in (jax.eval_shape(lambda key: unstacked(objective.init(key)), jax.random.key(0)), loaded)
     )
     wrong = [
         f"{path} {theirs.get(path)} there, {ours.get(path)} here"
@@ -80,4 +80,4 @@ def _loaded_params(run: Run, source: str) -> Params:
         raise JaxptmError(
             "\n  ".join([f"init_from: {source} does not fit `model`, which may name the same path:", *wrong])
         )
-    return stacked(model.params) if module.execution.scan else model.params
+    return stacked(loaded) if objective.execution.scan else loaded

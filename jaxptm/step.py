@@ -26,8 +26,8 @@ def make_update(
 ) -> Update:
     """One optimizer step: (state, batch) -> (next state, its means).
 
-    All randomness comes from (key, state.step, row). The means are the objective's terms and scores, `loss` (the sum of
-    the terms' means) and `grad_norm` (before clipping).
+    All randomness comes from (key, state.step, row). The means are the objective's terms and scores, `loss` (what the
+    objective makes of the terms) and `grad_norm` (before clipping).
 
     Args:
         accumulate: microbatches that the batch is worked off in; changes memory and time, not the result.
@@ -71,7 +71,7 @@ def gradients(
         if weights is None:
             weights = over_devices(jax.lax.stop_gradient({name: term.weight for name, term in terms.items()}))
         # Each term is divided by its weight over the whole batch, so that the gradients of parts simply add up.
-        loss = total({name: Mean(term.total, weights[name]) for name, term in terms.items()})
+        loss = objective.total({name: Mean(term.total, weights[name]) for name, term in terms.items()})
         return loss, {**terms, **scores, "loss": Mean(loss, jnp.zeros(()))}
 
     def gradient(*arguments: Any) -> tuple[Params, Means]:
@@ -101,11 +101,6 @@ def microbatches(rows: Any, accumulate: int) -> Any:
     Strided, so that with the rows spread over devices every microbatch is spread as well.
     """
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), rows)
-
-
-def total(terms: Means) -> Array:
-    """The loss: the sum of the terms' means."""
-    return sum((term.value for term in terms.values()), jnp.zeros(()))
 
 
 def make_evaluate(objective: Objective, key: Array, accumulate: int = 1) -> Evaluate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import platform
 import re
 import statistics
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from jaxptm.hosts import is_main, together
 from jaxptm.interruption import StopSignal, explain_failures
 from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, progress_lines, read_metrics, write_results
 from jaxptm.models import family_of
-from jaxptm.models.params import abstract_params, unstacked
+from jaxptm.models.params import unstacked
+from jaxptm.objectives import Objective
 from jaxptm.optim import decayed_leaves, optimizer, schedule
 from jaxptm.parallel import (
     check_tensor,
@@ -42,7 +45,7 @@ from jaxptm.parallel import (
     put_batch,
 )
 from jaxptm.pretrained import Model
-from jaxptm.run import Run, claim_directory, make_module, open_run, prepared_directory
+from jaxptm.run import Run, claim_directory, make_objective, open_run, prepared_directory
 from jaxptm.state import first_state, gathered, stored_form
 from jaxptm.step import make_update
 from jaxptm.storage import Mirror, checkpoint_directory
@@ -79,7 +82,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     mesh = make_mesh(config.parallel, loop)
     mirror = claim_directory(config)
     run = open_run(config, progress=progress_lines(log.info))
-    check_tensor(mesh, run.objective.module.config)
+    for module in run.objective.modules.values():
+        check_tensor(mesh, module.config)
 
     key = jax.random.key(loop.seed)
     init_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
@@ -161,34 +165,56 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         params = gathered(state.params)
         with together():
             if is_main():
-                model = export(run, params)
+                models = export(run, params)
                 results = _results(run, params, mesh, time.perf_counter() - clock)
-                written = (model, plot_curves(run.directory), write_results(run.directory, results))
+                written = (*models, plot_curves(run.directory), write_results(run.directory, results))
                 mirror.push()
                 log.info("written: %s", ", ".join(str(path) for path in written))
                 return results
         return {"finished": True, "step": run.steps}
 
 
-def export(run: Run, params: Params) -> Path:
-    """Writes `model/` of the run directory in Hugging Face's format, with the tokenizer."""
-    module = run.objective.module
-    model = Model(family_of(module.config), module.config, module.task, module, params, run.tokenizer_directory)
-    model.save_pretrained(run.directory / "model")
-    return run.directory / "model"
+def export(run: Run, params: Params) -> list[Path]:
+    """Writes `model/`, and for ELECTRA `generator/`, of the run directory in Hugging Face's format, with tokenizers."""
+    models = _models(run.objective, params, run.tokenizer_directory)
+    for name, model in models.items():
+        model.save_pretrained(run.directory / name)
+    return [run.directory / name for name in models]
 
 
-def restore_model(directory: str | Path, step: int | None = None) -> Model:
+def _models(objective: Objective, params: Params, tokenizer_directory: Path) -> dict[str, Model]:
+    tokenizer = load_tokenizer(tokenizer_directory)
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    return {
+        name: Model(
+            family_of(module.config),
+            module.config,
+            module.task,
+            module,
+            objective.split(params)[name],
+            tokenizer_directory,
+            ends,
+        )
+        for name, module in objective.modules.items()
+    }
+
+
+def restore_model(directory: str | Path, step: int | None = None, part: str = "model") -> Model:
     """The model of the newest checkpoint of a run (its directory, or URL), or of the one at `step`.
 
+    Args:
+        part: of ELECTRA's two models, `model` (the discriminator) or `generator`.
+
     Raises:
-        JaxptmError: the directory holds no such checkpoint, or its tokenizer has been moved away.
+        JaxptmError: the directory holds no such checkpoint or part, or its tokenizer has been moved away.
     """
     config = load_config(Mirror(str(directory)).pull("config.yaml"))
     directory = checkpoint_directory(str(directory))
     tokenizer_directory = prepared_directory(config) / "tokenizer"
-    module = make_module(config, len(load_tokenizer(tokenizer_directory)))
-    shapes = jax.eval_shape(unstacked, abstract_params(module))  # as they are stored
+    objective = make_objective(config, load_tokenizer(tokenizer_directory))
+    if part not in objective.modules:
+        raise JaxptmError(f"{directory}: the run trains no part {part!r}, only {', '.join(objective.modules)}.")
+    shapes = jax.eval_shape(lambda key: unstacked(objective.init(key)), jax.random.key(0))  # as they are stored
     # Only the form of its state is wanted, which the number of steps does not change.
     transform = optimizer(config.optimizer, 10**9, shapes)
     like = jax.eval_shape(lambda params: TrainState(jnp.zeros((), jnp.int32), params, transform.init(params)), shapes)
@@ -196,8 +222,9 @@ def restore_model(directory: str | Path, step: int | None = None) -> Model:
         restored = checkpoints.restore(like, step)
     if restored is None:
         raise JaxptmError(f"{directory}: holds no checkpoint{'' if step is None else f' of step {step}'}.")
-    module = module.clone(execution=replace(module.execution, scan=False))  # as the parameters are stored
-    return Model(family_of(module.config), module.config, module.task, module, restored[0].params, tokenizer_directory)
+    model = _models(objective, restored[0].params, tokenizer_directory)[part]
+    unscanned = replace(model.module.execution, scan=False)  # as the parameters are stored
+    return replace(model, module=model.module.clone(execution=unscanned))
 
 
 class _Window:
@@ -268,7 +295,7 @@ def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
     decayed = dict.fromkeys(kinds)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     return [
-        f"{run.checkpoints.parent}: {run.objective.module.task}, {count:,} parameters, {devices}",
+        f"{run.checkpoints.parent}: {run.config.objective.name}, {count:,} parameters, {devices}",
         f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of their tokens are not padding",
         f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
         format_memory(_cost(run, mesh)),
@@ -276,17 +303,22 @@ def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
 
 
 def _cost(run: Run, mesh: Mesh) -> StepCost:
-    module, data, loop = run.objective.module, run.config.data, run.config.train
-    return step_cost(
-        module.config,
-        module.task,
-        module.execution,
-        rows=loop.batch_size,
-        length=data.sequence_length,
-        predictions=run.config.objective.slots(data.sequence_length),
-        accumulate=loop.accumulate,
-        **mesh.shape,
-    )
+    data, loop = run.config.data, run.config.train
+    costs = [
+        step_cost(
+            module.config,
+            module.task,
+            module.execution,
+            rows=loop.batch_size,
+            length=data.sequence_length,
+            predictions=run.config.objective.slots(data.sequence_length),
+            accumulate=loop.accumulate,
+            shares_embeddings=name != "model",
+            **mesh.shape,
+        )
+        for name, module in run.objective.modules.items()
+    ]
+    return reduce(operator.add, costs)
 
 
 def _results(run: Run, params: Params, mesh: Mesh, seconds: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from experiments import bert_large_on_paper as paper
-from jaxptm.config import LoopConfig, ObjectiveConfig, ParallelConfig
+from jaxptm.config import LoopConfig, MaskedLmConfig, ParallelConfig
 from jaxptm.cost import StepCost, format_memory, least_seconds, step_cost, step_seconds, utilisation
 from jaxptm.models.bert import PRESETS, BertConfig
 from jaxptm.models.params import abstract_params
@@ -54,7 +54,7 @@ def compiled_step(
 ) -> jax.stages.Compiled:
     """A whole training step, compiled and never run. Plain gradient descent compiles in less time than Adam."""
     vocabulary = VocabularyTables(np.arange(config.vocab_size) < 5, np.arange(config.vocab_size) % 3 == 0)
-    settings = ObjectiveConfig(name=task, max_predictions=predictions)
+    settings = MaskedLmConfig(name=task, max_predictions=predictions)
     objective = masked_language_model(settings, TextModel(config, task, execution), vocabulary, 4, length)
     layout = ParallelConfig(data=data)
     mesh = make_mesh(layout, LoopConfig(steps=1, batch_size=rows, accumulate=accumulate))

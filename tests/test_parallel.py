@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from reference import pair_batch
 
-from jaxptm.config import LoopConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from jaxptm.config import LoopConfig, MaskedLmConfig, OptimizerConfig, ParallelConfig
 from jaxptm.models.bert import BertConfig
 from jaxptm.models.params import stacked, unstacked
 from jaxptm.nn.core import Execution
@@ -66,7 +66,7 @@ def objective_of(config: BertConfig = CONFIG, **execution: Any) -> Objective:
     special = np.arange(config.vocab_size) < 5
     continues = np.arange(config.vocab_size) % 3 == 0
     module = TextModel(config, "pretraining", Execution(**execution))
-    settings = ObjectiveConfig(name="pretraining")
+    settings = MaskedLmConfig(name="pretraining")
     return masked_language_model(settings, module, VocabularyTables(special, continues), 4, LENGTH)
 
 

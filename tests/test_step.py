@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import SMALL, pair_batch, perturbed
 
-from jaxptm.config import ObjectiveConfig, OptimizerConfig
+from jaxptm.config import MaskedLmConfig, OptimizerConfig
 from jaxptm.hf.table import load
 from jaxptm.models.params import flatten, unflatten
 from jaxptm.nn.core import Execution
@@ -23,7 +23,7 @@ from jaxptm.ops.masking import VocabularyTables, mask_tokens
 from jaxptm.optim import optimizer
 from jaxptm.parallel import split_rows
 from jaxptm.pretrained import Model, from_pretrained
-from jaxptm.step import gradients, make_evaluate, make_update, total
+from jaxptm.step import gradients, make_evaluate, make_update
 from jaxptm.types import TrainState
 
 LENGTH, MASK = 24, 4
@@ -34,7 +34,7 @@ CONTINUES = np.arange(SMALL["vocab_size"]) % 3 == 0
 def objective_of(model: Model | TextModel, **config: object) -> Objective:
     module = getattr(model, "module", model)
     name = "pretraining" if module.task == "pretraining" else "masked-lm"
-    settings = ObjectiveConfig(name=name, **config)
+    settings = MaskedLmConfig(name=name, **config)
     return masked_language_model(settings, module, VocabularyTables(SPECIAL, CONTINUES), MASK, LENGTH)
 
 
@@ -222,7 +222,8 @@ def test_evaluation_repeats_its_masks_and_counts_padding_rows_out(small: tuple[t
     padded = {name: np.concatenate([rows[:4], np.zeros_like(rows[4:])]) for name, rows in batch.items()}
     first, second = evaluate(ours.params, batch, 0), evaluate(ours.params, batch, 0)
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    assert float(total(evaluate(ours.params, batch, 1)[0])) != float(total(first[0]))
+    objective = objective_of(ours)
+    assert float(objective.total(evaluate(ours.params, batch, 1)[0])) != float(objective.total(first[0]))
     terms, scores = evaluate(ours.params, padded, 0)
     assert float(terms["nsp_loss"].weight) == float(scores["nsp_accuracy"].weight) == 4
     keys = jax.random.split(jax.random.fold_in(jax.random.key(9), 0), 6)[:4]

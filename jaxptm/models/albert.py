@@ -26,7 +26,7 @@ class AlbertConfig(TextConfig):
     classifier_dropout: Share = 0.1
 
     shared_layer: ClassVar[bool] = True
-    pair_logits: ClassVar[str] = "sop_logits"
+    sentence_order: ClassVar[bool] = True
 
     def head_dropout(self, task: str) -> float:
         """Dropout under the classifier of `task`, sentence order among them."""

@@ -18,7 +18,6 @@ class DistilBertConfig(TextConfig):
     pooler: Literal[False] = False
     type_vocab_size: Literal[0] = 0
     num_hidden_layers: Positive = 6
-    layer_norm_eps: Literal[1e-12] = 1e-12
     classifier_dropout: Share = 0.2
     qa_dropout: Share = 0.1
 
@@ -84,6 +83,8 @@ FAMILY = Family(
     table=table,
     prefix="distilbert.",
     bare=("embeddings.", "transformer."),
+    # Its norms have BERT's epsilon, which its config.json has no key for; another one is not for this family.
+    fixed={"layer_norm_eps": 1e-12},
     renamed={
         "hidden_size": "dim",
         "num_hidden_layers": "n_layers",

@@ -29,8 +29,9 @@ class RobertaConfig(TextConfig):
         return nn.initializers.normal(self.initializer_range)
 
 
-def _size(layers: int, width: int, **fields: int) -> RobertaConfig:
+def _size(layers: int, width: int, vocab_size: int = 50265) -> RobertaConfig:
     return RobertaConfig(
+        vocab_size=vocab_size,
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=width // 64,
@@ -38,7 +39,6 @@ def _size(layers: int, width: int, **fields: int) -> RobertaConfig:
         max_position_embeddings=514,  # 512 tokens: positions begin behind the padding's, at 2
         type_vocab_size=1,
         layer_norm_eps=1e-5,
-        **fields,
     )
 
 

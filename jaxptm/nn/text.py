@@ -25,6 +25,8 @@ TASKS = (
     "multiple-choice",
     "question-answering",
 )
+PRETRAINING_TASKS = ("masked-lm", "pretraining", "replaced-token", "causal-lm")
+"""Heads that learn from text alone."""
 POOLED_TASKS = ("pretraining", "next-sentence", "sequence-classification", "multiple-choice")
 
 
@@ -56,12 +58,17 @@ class TextConfig(TransformerConfig):
     """Dropout below the pooler, too, when it serves sequence-classification."""
     mlm_activation: ClassVar[str | None] = None
     """Of the masked-LM head, where it is not `hidden_act`."""
-    pair_logits: ClassVar[str] = "seq_relationship_logits"
-    """Name of the output of `pretraining` that says whether B follows A."""
+    sentence_order: ClassVar[bool] = False
+    """`pretraining` asks whether two segments stand in their order (ALBERT), and not whether B follows A."""
 
     @property
     def embedding_width(self) -> int:
         return self.embedding_size or self.hidden_size
+
+    @property
+    def pair_logits(self) -> str:
+        """Name of the output of `pretraining` that judges a pair of segments."""
+        return "sop_logits" if self.sentence_order else "seq_relationship_logits"
 
     @property
     def max_length(self) -> int:

@@ -1,27 +1,29 @@
-"""Masked language modelling, alone (RoBERTa) or with next-sentence prediction (Devlin et al. 2019, section 3.1)."""
+"""Language modelling: masked, alone (RoBERTa) or with a judgement of pairs (BERT, ALBERT), and causal (GPT-2)."""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxptm.config import ObjectiveConfig
+from jaxptm.config import CausalLmConfig, MaskedLmConfig
 from jaxptm.models.params import initialise
 from jaxptm.nn.text import TextModel, forward_flops
 from jaxptm.objectives.objective import Objective
-from jaxptm.ops.losses import accuracy, cross_entropy
+from jaxptm.ops.losses import accuracy, cross_entropy, token_share
 from jaxptm.ops.masking import VocabularyTables, mask_tokens
-from jaxptm.types import Array, Batch, Mean, Means, Params
+from jaxptm.types import Array, Batch, Means, Params
 
 
 def masked_language_model(
-    config: ObjectiveConfig, module: TextModel, vocabulary: VocabularyTables, mask_id: int, sequence_length: int
+    config: MaskedLmConfig, module: TextModel, vocabulary: VocabularyTables, mask_id: int, sequence_length: int
 ) -> Objective:
-    """Predict hidden tokens and, with a module for the task `pretraining`, whether B follows A.
+    """Predict hidden tokens (Devlin et al. 2019, section 3.1) and, with a module for `pretraining`, judge the pair.
 
     Batches hold `input_ids` and `attention_mask` [B, L]; `token_type_ids` and `next_sentence_label` [B] for pairs;
-    `segment_ids` where packed documents are kept apart. Terms: `mlm_loss` (mean over predictions) and `nsp_loss` (mean
-    over rows), in nats.
+    `segment_ids` where packed documents are kept apart. Terms: `mlm_loss` (mean over predictions) and `nsp_loss`, or
+    for ALBERT `sop_loss` (mean over rows), in nats.
     """
     slots = config.slots(sequence_length)
     is_special, continues_word = (jnp.asarray(table) for table in vocabulary)
@@ -56,18 +58,55 @@ def masked_language_model(
         terms = {"mlm_loss": cross_entropy(logits, masked.labels, masked.weights)}
         scores = {
             "mlm_accuracy": accuracy(logits, masked.labels, masked.weights),
-            "token_share": Mean.of(real, jnp.broadcast_to(real.any(axis=1, keepdims=True), real.shape)),
+            "token_share": token_share(real),
         }
         if module.task == "pretraining":
             rows = real.any(axis=1).astype(jnp.float32)
             labels = arrays["next_sentence_label"]
-            terms["nsp_loss"] = cross_entropy(out["seq_relationship_logits"], labels, rows)
-            scores["nsp_accuracy"] = accuracy(out["seq_relationship_logits"], labels, rows)
+            kind, judged = "sop" if module.config.sentence_order else "nsp", out[module.config.pair_logits]
+            terms[f"{kind}_loss"] = cross_entropy(judged, labels, rows)
+            scores[f"{kind}_accuracy"] = accuracy(judged, labels, rows)
         return terms, scores
 
     return Objective(
-        module=module,
+        modules={"model": module},
         init=lambda key: initialise(module, key),
         loss=loss,
         flops=lambda rows, length: forward_flops(module.config, module.task, rows, length, slots),
+    )
+
+
+def causal_language_model(config: CausalLmConfig, module: TextModel) -> Objective:
+    """Predict each token from those before it in its row (Radford et al. 2019, section 2).
+
+    Batches hold `input_ids` and `attention_mask` [B, L], and `segment_ids` where documents are kept apart: then nothing
+    is predicted across their borders. Term: `clm_loss`, the mean over all predicted tokens, in nats.
+    """
+
+    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+        arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
+        ids, real, segments = arrays["input_ids"], arrays["attention_mask"].astype(bool), arrays.get("segment_ids")
+        out = module.apply(
+            {"params": params},
+            ids,
+            attention_mask=arrays["attention_mask"],
+            segment_ids=segments,
+            train=train,
+            rngs={"dropout": keys[0]},
+        )
+        predicted = real[:, :-1] & real[:, 1:]
+        if segments is not None:
+            predicted &= segments[:, :-1] == segments[:, 1:]
+        # All of the logits, rather than a copy of all but the last: what it would predict has no weight.
+        labels, weights = jnp.roll(ids, -1, axis=1), jnp.pad(predicted, ((0, 0), (0, 1))).astype(jnp.float32)
+        terms = {"clm_loss": cross_entropy(out["logits"], labels, weights)}
+        scores = {"clm_accuracy": accuracy(out["logits"], labels, weights), "token_share": token_share(real)}
+        return terms, scores
+
+    return Objective(
+        modules={"model": module},
+        init=lambda key: initialise(module, key),
+        loss=loss,
+        flops=lambda rows, length: forward_flops(module.config, module.task, rows, length, config.slots(length)),
+        summary=lambda values: {"perplexity": math.exp(min(values["clm_loss"], 700.0))},
     )

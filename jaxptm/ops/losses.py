@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxptm.types import Array, Mean
+
+
+def token_share(real: Bool[Array, "B L"]) -> Mean:
+    """Share of the positions that are no padding, among the rows that hold anything; its total counts the tokens."""
+    return Mean.of(real, jnp.broadcast_to(real.any(axis=1, keepdims=True), real.shape))
 
 
 def cross_entropy(
@@ -20,6 +25,13 @@ def cross_entropy(
     inside = (labels >= 0) & (labels < logits.shape[-1])
     values = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.where(inside, labels, 0))
     return Mean.of(jnp.where(inside | (weights == 0), values, jnp.nan), weights)
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "*batch"], labels: Bool[Array, "*batch"], weights: Float[Array, "*batch"]
+) -> Mean:
+    """Sigmoid cross entropy in nats, where a logit above 0 says yes."""
+    return Mean.of(optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels), weights)
 
 
 def accuracy(logits: Float[Array, "*batch V"], labels: Int[Array, "*batch"], weights: Float[Array, "*batch"]) -> Mean:

@@ -90,6 +90,72 @@ def mask_tokens(
     return Masked(*jax.vmap(mask_row)(keys, input_ids, eligible, word_start, lengths))
 
 
+def mask_with_replacement(
+    keys: Key[Array, " B"],
+    input_ids: Int[Array, "B L"],
+    eligible: Bool[Array, "B L"],
+    *,
+    lengths: Int[Array, " B"],
+    probability: float,
+    max_predictions: int,
+    mask_id: int,
+) -> Masked:
+    """ELECTRA's choice of tokens (google-research/electra, pretrain_helpers.py `mask`).
+
+    Positions are drawn uniformly *with* replacement, so that a position may fill several slots, each of which counts.
+    85% of the slots become `mask_id` and 15% stay as they are; none becomes a random token. The first token of a row
+    is never chosen: the reference never changes it.
+
+    Args:
+        keys: one typed PRNG key a row.
+        eligible: which tokens may be chosen; special and padding tokens may not.
+        lengths: tokens of each row that are not padding, special ones included.
+        probability: slots as a share of the tokens.
+        max_predictions: slots a row, P.
+    """
+    length = input_ids.shape[1]
+    counts = jnp.asarray(prediction_counts(length, probability, max_predictions))
+    slots = jnp.arange(max_predictions)
+
+    def mask_row(key: Array, ids: Array, eligible: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
+        choice_key, fate_key = jax.random.split(key)
+        (candidates,) = jnp.nonzero(eligible, size=length, fill_value=0)
+        number = eligible.sum(dtype=jnp.int32)
+        filled = (slots < counts[tokens]) & (number > 0)
+        drawn = candidates[jax.random.randint(choice_key, slots.shape, 0, jnp.maximum(number, 1))]
+        hides = filled & (jax.random.uniform(fate_key, slots.shape) < 0.85)
+        hidden = ids.at[jnp.where(hides, drawn, length)].set(mask_id, mode="drop")
+        positions = jnp.where(filled, drawn, 0)
+        return hidden, positions, jnp.where(filled, ids[positions], 0), filled.astype(jnp.float32)
+
+    return Masked(*jax.vmap(mask_row)(keys, input_ids, eligible.at[:, 0].set(False), lengths))
+
+
+def replace_masked(
+    keys: Key[Array, " B"],
+    input_ids: Int[Array, "B L"],
+    masked: Masked,
+    logits: Float[Array, "B P V"],
+    temperature: float,
+) -> Int[Array, "B L"]:
+    """The row as it was, with tokens drawn from softmax(logits / temperature) in the places of the slots.
+
+    Drawn by Gumbel noise (ELECTRA section 2); no gradient passes. Of several slots at one position the first decides
+    ("only applied once" in the reference, which in truth takes the mean of their ids).
+
+    Args:
+        input_ids: the original ids, without masks.
+    """
+    length = input_ids.shape[1]
+
+    def replace_row(key: Array, ids: Array, positions: Array, weights: Array, logits: Array) -> Array:
+        drawn = jax.random.categorical(key, logits / temperature).astype(ids.dtype)
+        earlier = jnp.tril(positions[:, None] == positions[None, :], -1).any(axis=1)
+        return ids.at[jnp.where((weights > 0) & ~earlier, positions, length)].set(drawn, mode="drop")
+
+    return jax.vmap(replace_row)(keys, input_ids, masked.positions, masked.weights, lax.stop_gradient(logits))
+
+
 def prediction_counts(length: int, probability: float, max_predictions: int) -> np.ndarray:
     """Predictions of a row by its number of tokens, 0 to `length`: the rule of BERT's create_pretraining_data.py.
 
