@@ -27,8 +27,8 @@ from jaxptm.config import (
 )
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.prepare import Progress, prepare
-from jaxptm.data.text import PackedSentences, SentencePairs, TextSource
-from jaxptm.data.tokenizer import load_tokenizer, special_tokens
+from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenStream
+from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
 from jaxptm.hosts import exchange, is_main, together
 from jaxptm.models.electra import ElectraConfig
 from jaxptm.nn.core import Execution
@@ -131,13 +131,12 @@ def _open(config: TrainConfig, modules: Mapping[str, TextModel] | None, prepared
 
     def examples(corpus: Corpus, seed: int) -> TextSource[Any]:
         if data.format == "stream":
-            from jaxptm.data.text import TokenStream
-            from jaxptm.data.tokenizer import pad_token
-            return TokenStream(corpus, pad_token(tokenizer), data.sequence_length, seed, data.separate_documents)
+            return TokenStream(corpus, filler(tokenizer), data.sequence_length, seed, data.separate_documents)
         special = special_tokens(tokenizer)
         if data.format == "packed":
             return PackedSentences(corpus, special, data.sequence_length, seed, data.separate_documents)
-        return SentencePairs(corpus, special, data.sequence_length, seed, data.short_probability)
+        swapped = module.config.sentence_order
+        return SentencePairs(corpus, special, data.sequence_length, seed, data.short_probability, swapped)
 
     seed = config.train.seed
     source = examples(train, seed)

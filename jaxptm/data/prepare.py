@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from jaxptm.config import TextData
 from jaxptm.data.corpus import FORMAT, Manifest, Shard, damage_of
 from jaxptm.data.sources import DOCUMENT_END, Source, find_sources, read_blocks, split_dataset
-from jaxptm.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_wordpiece
+from jaxptm.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_bpe, train_wordpiece
 from jaxptm.errors import JaxptmError
 
 BYTES_PER_WORKER = 2**24
@@ -70,7 +70,9 @@ def prepare(
     """
     directory = Path(directory)
     report = progress or (lambda share, message: None)
-    request = data.model_dump(include={"files", "eval_files", "text_field", "tokenizer", "vocab_size", "lowercase"})
+    request = data.model_dump(
+        include={"files", "eval_files", "text_field", "tokenizer", "tokenizer_model", "vocab_size", "lowercase"}
+    )
     done = Manifest.load(directory) if (directory / "manifest.json").exists() else None
     try:
         sources = _sources(data)
@@ -142,7 +144,8 @@ def _tokenizer(
 ) -> Any:
     """The tokenizer of `directory`, put there first by host 0 where it is missing or made from something else."""
     home = directory / "tokenizer"
-    made_from = {key: request[key] for key in ("tokenizer", "tokenizer_stamp", "vocab_size", "lowercase")}
+    names = ("tokenizer", "tokenizer_stamp", "tokenizer_model", "vocab_size", "lowercase")
+    made_from = {name: request[name] for name in names}
     if data.tokenizer == "train":
         made_from |= {"text_field": data.text_field, "sources": request["sources"]["train"]}
     if _read_json(home / "made_from.json") == made_from:
@@ -159,8 +162,11 @@ def _tokenizer(
         pieces = [piece for source in sources for piece in split_dataset(source)]
         blocks = (block for piece in pieces for block in read_blocks(piece, data.text_field))
         assert data.vocab_size is not None
-        tokenizer = train_wordpiece(
-            (block.replace(DOCUMENT_END, "\n") for block in blocks), data.vocab_size, data.lowercase
+        texts = (block.replace(DOCUMENT_END, "\n") for block in blocks)
+        tokenizer = (
+            train_bpe(texts, data.vocab_size)
+            if data.tokenizer_model == "bpe"
+            else train_wordpiece(texts, data.vocab_size, data.lowercase)
         )
         report(0.0, f"learned a vocabulary of {len(tokenizer)} entries ({data.vocab_size} asked)")
     if host == 0:

@@ -26,7 +26,7 @@ Plan = TypeVar("Plan", "PairPlan", "PackedPlan")
 
 
 class PairPlan(NamedTuple):
-    """Stream positions of the segments A and B of each row, truncated to fit, and which B are random."""
+    """Stream positions of the segments A and B of each row, truncated to fit, and which B are random or before A."""
 
     a_start: Int[np.ndarray, " N"]
     a_end: Int[np.ndarray, " N"]
@@ -48,10 +48,10 @@ class TextSource(ABC, Generic[Plan]):
     Each epoch visits its rows in an order of its own.
     """
 
-    def __init__(self, corpus: Corpus, special: SpecialTokens, sequence_length: int, seed: int):
+    def __init__(self, corpus: Corpus, pad: int, sequence_length: int, seed: int):
         self.corpus = corpus
         self._documents = corpus.documents
-        self.special = special
+        self.pad = pad
         self.sequence_length = sequence_length
         self.seed = seed
         self._lock = Lock()
@@ -117,26 +117,36 @@ class SentencePairs(TextSource[PairPlan]):
     Sentences of a document are gathered up to a target length. A is a random number of them from the front; B is the
     rest or, half the time and where there is no rest, text from a random place of another document, in which case the
     rest is put back and the walk goes on after A. A pair that is too long loses tokens of its longer segment, each at
-    the front or the back by chance. The target is drawn for each pair (the reference draws it for each document):
+    the front or the back by chance. With `swapped`, B is always the rest, and half the time the two change places (the
+    sentence order of Lan et al. 2020, section 3.1; where there is no rest, B is random text, as in the reference
+    albert/create_pretraining_data.py). The target is drawn for each pair (the reference draws it for each document):
     `sequence_length - 3`, or with `short_probability` a uniform length from 2 up to that.
 
     Fields: `input_ids`, `token_type_ids`, `attention_mask` [B, L], and `next_sentence_label` [B], 0 where B follows A
-    and 1 where it is random (as in transformers).
+    and 1 where it is random or the two are swapped (as in transformers).
 
     Raises:
         JaxptmError: there is only one document.
     """
 
     def __init__(
-        self, corpus: Corpus, special: SpecialTokens, sequence_length: int, seed: int, short_probability: float = 0.1
+        self,
+        corpus: Corpus,
+        special: SpecialTokens,
+        sequence_length: int,
+        seed: int,
+        short_probability: float = 0.1,
+        swapped: bool = False,
     ):
+        self.special = special
         self.short_probability = short_probability
+        self.swapped = swapped
         if len(corpus.documents) == 1:
             raise JaxptmError(
                 "sentence pairs need two documents at least, and this part of the corpus has one: a random next "
                 "sentence comes from another document. Part documents by blank lines, or use data.format: packed."
             )
-        super().__init__(corpus, special, sequence_length, seed)
+        super().__init__(corpus, special.pad, sequence_length, seed)
 
     def plan(self, epoch: int) -> PairPlan:
         """See `TextSource.plan`. All documents are walked in lockstep: a round makes the next pair of each of them."""
@@ -154,7 +164,8 @@ class SentencePairs(TextSource[PairPlan]):
             end = np.minimum(self._reach(a_start + target), lane_end)
             taken = end - position
             a_sentences = np.where(taken > 1, random.integers(1, np.maximum(taken, 2)), 1)
-            random_next = (random.random(count) < 0.5) | (taken == 1)
+            alone = taken == 1
+            random_next = alone if self.swapped else (random.random(count) < 0.5) | alone
             a_end = self._text_end(documents[document], position + a_sentences)
             # Another document, uniformly: skip over the own one.
             other = random.integers(0, len(documents) - 1, count)
@@ -174,8 +185,8 @@ class SentencePairs(TextSource[PairPlan]):
             position = np.where(random_next, position + a_sentences, end)
             going = position < lane_end
             document, position, lane_end = document[going], position[going], lane_end[going]
-        plan = PairPlan(*(np.concatenate(parts) for parts in zip(*rounds, strict=True)))
-        return _truncate(plan, most, random)
+        plan = _truncate(PairPlan(*(np.concatenate(parts) for parts in zip(*rounds, strict=True))), most, random)
+        return _swap(plan, ~plan.random_next & (random.random(len(plan.a_start)) < 0.5)) if self.swapped else plan
 
     def _lanes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Each document cut to stretches of sentences: index in `_documents`, first sentence, last sentence + 1."""
@@ -197,7 +208,7 @@ class SentencePairs(TextSource[PairPlan]):
     def _empty(self, rows: int) -> dict[str, np.ndarray]:
         shape = (rows, self.sequence_length)
         return {
-            "input_ids": np.full(shape, self.special.pad, np.int32),
+            "input_ids": np.full(shape, self.pad, np.int32),
             "token_type_ids": np.zeros(shape, np.int32),
             "attention_mask": np.zeros(shape, np.int32),
             "next_sentence_label": np.zeros(rows, np.int32),
@@ -221,22 +232,20 @@ class SentencePairs(TextSource[PairPlan]):
         return plan.a_end - plan.a_start + plan.b_end - plan.b_start + 3
 
 
-class PackedSentences(TextSource[PackedPlan]):
-    """RoBERTa's FULL-SENTENCES rows, [CLS] text [SEP] (Liu et al. 2019, section 4.2).
-
-    Whole sentences follow each other up to `sequence_length - 2` tokens, over the ends of documents, where the stream
-    has a separator. A sentence longer than a row starts a row and goes on in the next ones. No token is lost.
+class RunningText(TextSource[PackedPlan]):
+    """Rows that are stretches of the stream, over the ends of documents, where it has a separator. No token is lost.
 
     Fields [B, L]: `input_ids`, `attention_mask`, and with `separate_documents` also `segment_ids`: 1, 2, ... for the
     documents in the row, 0 for padding.
     """
 
-    def __init__(
-        self, corpus: Corpus, special: SpecialTokens, sequence_length: int, seed: int, separate_documents: bool = False
-    ):
+    frame: int
+    """Tokens that stand before a row's text, and as many behind it."""
+
+    def __init__(self, corpus: Corpus, pad: int, sequence_length: int, seed: int, separate_documents: bool):
         self.separate_documents = separate_documents
         self._plan: PackedPlan | None = None
-        super().__init__(corpus, special, sequence_length, seed)
+        super().__init__(corpus, pad, sequence_length, seed)
 
     def plan(self, epoch: int = 0) -> PackedPlan:
         """See `TextSource.plan`: the same for each epoch, only their orders differ."""
@@ -244,6 +253,66 @@ class PackedSentences(TextSource[PackedPlan]):
             ranges = [self._pack(first, last) for first, last in self.corpus.ranges.tolist()]
             self._plan = PackedPlan(*(np.concatenate(parts) for parts in zip(*ranges, strict=True)))
         return self._plan
+
+    @abstractmethod
+    def _pack(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of the rows of a range of documents."""
+
+    def _empty(self, rows: int) -> dict[str, np.ndarray]:
+        shape = (rows, self.sequence_length)
+        batch = {"input_ids": np.full(shape, self.pad, np.int32), "attention_mask": np.zeros(shape, np.int32)}
+        return batch | ({"segment_ids": np.zeros(shape, np.int32)} if self.separate_documents else {})
+
+    def _fill(self, plan: PackedPlan, row: int, into: dict[str, np.ndarray], at: int) -> None:
+        tokens = self.corpus.tokens(int(plan.start[row]), int(plan.end[row]))
+        first, end = self.frame, self.frame + len(tokens)
+        into["input_ids"][at, first:end] = tokens
+        into["attention_mask"][at, : end + self.frame] = 1
+        if self.separate_documents:
+            # A separator belongs to the document it ends, and the frame to the documents that it touches.
+            segments = into["segment_ids"][at]
+            segments[: first + 1] = 1
+            segments[first + 1 : end] = 1 + np.cumsum(tokens[:-1] == self.corpus.separator)
+            segments[end : end + self.frame] = segments[end - 1]
+
+    def _used(self, plan: PackedPlan) -> np.ndarray:
+        return plan.end - plan.start + 2 * self.frame
+
+
+class TokenStream(RunningText):
+    """GPT-2's rows: every `sequence_length` tokens of the stream, with nothing around them (Radford et al. 2019, 2.3).
+
+    The last row of each stretch of the corpus is filled up with padding.
+    """
+
+    frame = 0
+
+    def __init__(self, corpus: Corpus, pad: int, sequence_length: int, seed: int, separate_documents: bool = False):
+        super().__init__(corpus, pad, sequence_length, seed, separate_documents)
+
+    def _pack(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        start, end = (
+            int(self.corpus.sentence_start(self.corpus.document_start(np.array(first)))),
+            int(self.corpus.sentence_ends[self.corpus.document_ends[last - 1] - 1]),
+        )
+        starts = np.arange(start, end, self.sequence_length)
+        return starts, np.append(starts[1:], end)
+
+
+class PackedSentences(RunningText):
+    """RoBERTa's FULL-SENTENCES rows, [CLS] text [SEP] (Liu et al. 2019, section 4.2).
+
+    Whole sentences follow each other up to `sequence_length - 2` tokens. A sentence longer than a row starts a row and
+    goes on in the next ones.
+    """
+
+    frame = 1
+
+    def __init__(
+        self, corpus: Corpus, special: SpecialTokens, sequence_length: int, seed: int, separate_documents: bool = False
+    ):
+        self.special = special
+        super().__init__(corpus, special.pad, sequence_length, seed, separate_documents)
 
     def _pack(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and ends of the rows of a range of documents."""
@@ -265,28 +334,25 @@ class PackedSentences(TextSource[PackedPlan]):
         row_starts = piece_starts[rows[:-1]]
         return row_starts, np.append(row_starts[1:], ends[-1])
 
-    def _empty(self, rows: int) -> dict[str, np.ndarray]:
-        shape = (rows, self.sequence_length)
-        batch = {"input_ids": np.full(shape, self.special.pad, np.int32), "attention_mask": np.zeros(shape, np.int32)}
-        return batch | ({"segment_ids": np.zeros(shape, np.int32)} if self.separate_documents else {})
-
     def _fill(self, plan: PackedPlan, row: int, into: dict[str, np.ndarray], at: int) -> None:
-        tokens = self.corpus.tokens(int(plan.start[row]), int(plan.end[row]))
-        end = len(tokens) + 2
-        ids = into["input_ids"][at]
-        ids[0] = self.special.cls
-        ids[1 : end - 1] = tokens
-        ids[end - 1] = self.special.sep
-        into["attention_mask"][at, :end] = 1
-        if self.separate_documents:
-            # A separator belongs to the document it ends, the row's last [SEP] to the last document.
-            segments = into["segment_ids"][at]
-            segments[:2] = 1
-            segments[2 : end - 1] = 1 + np.cumsum(tokens[:-1] == self.corpus.separator)
-            segments[end - 1] = segments[end - 2]
+        super()._fill(plan, row, into, at)
+        into["input_ids"][at, 0] = self.special.cls
+        into["input_ids"][at, plan.end[row] - plan.start[row] + 1] = self.special.sep
 
-    def _used(self, plan: PackedPlan) -> np.ndarray:
-        return plan.end - plan.start + 2
+
+def _swap(plan: PairPlan, rows: np.ndarray) -> PairPlan:
+    """A and B change places in these rows, which is what there is to be found out."""
+
+    def either(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        return np.where(rows, theirs, ours)
+
+    return PairPlan(
+        either(plan.a_start, plan.b_start),
+        either(plan.a_end, plan.b_end),
+        either(plan.b_start, plan.a_start),
+        either(plan.b_end, plan.a_end),
+        plan.random_next | rows,
+    )
 
 
 def _truncate(plan: PairPlan, most: int, random: np.random.Generator) -> PairPlan:

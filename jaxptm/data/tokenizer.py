@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+BPE_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+"""RoBERTa's, the first four with RoBERTa's ids."""
+END_OF_TEXT = "<|endoftext|>"
+"""GPT-2's only special token."""
 PUNCTUATION = ",.;:!?\"'()[]-—“”‘’"
 """The commonest marks that BERT's tokenisation makes tokens of their own."""
 ALPHABET_LIMIT = 1000
@@ -39,7 +43,8 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
 
     Args:
         name: a directory (or a file in it) that transformers saved, a `tokenizer.json`, a bare WordPiece `vocab.txt`
-            or a directory with nothing else, or a name on the Hugging Face hub.
+            or a directory with nothing else, a directory with the `vocab.json` and `merges.txt` of GPT-2 or RoBERTa, or
+            a name on the Hugging Face hub.
         lowercase: for a bare `vocab.txt`, whether text is lowercased and loses its accents (BERT "uncased").
 
     Raises:
@@ -55,9 +60,11 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
             return _from_json(path / "tokenizer.json")
         if (path / "vocab.txt").exists():
             return _wordpiece(_read_vocab(path / "vocab.txt"), lowercase)
+        if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+            return _byte_bpe(path)
         raise JaxptmError(
-            f"{path}: no tokenizer here: expected tokenizer.json, or vocab.txt, or tokenizer_config.json that names "
-            "the tokenizer_class of the other files."
+            f"{path}: no tokenizer here: expected tokenizer.json, or vocab.txt, or vocab.json with merges.txt, or "
+            "tokenizer_config.json that names the tokenizer_class of the other files."
         )
     if path.is_file():
         raise JaxptmError(f"{path}: is no tokenizer file (.json or .txt).")
@@ -129,6 +136,44 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     return _wordpiece(backend.get_vocab(), lowercase)
 
 
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learns a byte-level BPE vocabulary (Radford et al. 2019, section 2.2) and returns RoBERTa's tokenizer with it.
+
+    Ids 0 to 4 are <s> <pad> </s> <unk> <mask>, then come the 256 bytes, then pieces as they were learnt. Nothing is
+    folded: every text comes back from its ids. The same text gives the same vocabulary.
+
+    Raises:
+        JaxptmError: the texts hold no word, or `vocab_size` has no room for the bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    least = len(BPE_SPECIAL) + 256
+    if vocab_size < least:
+        raise JaxptmError(f"data.vocab_size {vocab_size} is too small: special tokens and bytes alone take {least}.")
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    pieces: Counter[str] = Counter()
+    for text in texts:
+        for line in text.split("\n"):
+            # As `Encoder` will see it: sentences follow each other with a space between.
+            pieces.update(piece for piece, _ in split(f" {line.strip()}"))
+    pieces.pop("Ġ", None)
+    if not pieces:
+        raise JaxptmError("cannot train a tokenizer: the text holds no words.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # the pieces spell bytes, none of them as white space
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=BPE_SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_repeated(pieces), trainer=trainer)
+    model = json.loads(backend.to_str())["model"]
+    return _roberta(model["vocab"], [tuple(merge) for merge in model["merges"]])
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 (hex) of everything that decides token ids; padding and truncation settings are left out."""
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -148,6 +193,21 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
     if missing:
         raise JaxptmError(f"the tokenizer has no {', '.join(missing)} token, which rows of text are framed with.")
     return SpecialTokens(**ids)
+
+
+def filler(tokenizer: PreTrainedTokenizerFast) -> int:
+    """An id for places that the attention mask hides: padding or, where there is none (GPT-2), the end of text.
+
+    Raises:
+        JaxptmError: the tokenizer has neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise JaxptmError(
+        "the tokenizer has neither a padding token nor an end of text, which short rows are filled up with; set "
+        "`pad_token` in its tokenizer_config.json."
+    )
 
 
 class Encoder:
@@ -255,6 +315,36 @@ def _wordpiece(vocab: dict[str, int], lowercase: bool) -> PreTrainedTokenizerFas
     return BertTokenizerFast(vocab=vocab, do_lower_case=lowercase)
 
 
+def _roberta(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> PreTrainedTokenizerFast:
+    from tokenizers import AddedToken
+    from transformers import RobertaTokenizer
+
+    # The space in front of a mask belongs to the token that it hides.
+    return RobertaTokenizer(vocab=vocab, merges=merges, mask_token=AddedToken("<mask>", lstrip=True, special=True))
+
+
+def _byte_bpe(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a bare `vocab.json` and `merges.txt`: RoBERTa's where its special tokens are in there."""
+    from transformers import GPT2Tokenizer
+
+    try:
+        vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+        lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        if not isinstance(vocab, dict) or not all(len(merge) == 2 for merge in merges):
+            raise ValueError("vocab.json is no object, or a line of merges.txt is no pair")
+        if all(token in vocab for token in BPE_SPECIAL):
+            return _roberta(vocab, merges)
+        if END_OF_TEXT in vocab:
+            return GPT2Tokenizer(vocab=vocab, merges=merges)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise JaxptmError(f"{path}: vocab.json and merges.txt are no byte-level BPE: {error}.") from error
+    raise JaxptmError(
+        f"{path / 'vocab.json'}: has neither RoBERTa's special tokens ({' '.join(BPE_SPECIAL)}) nor GPT-2's {END_OF_TEXT}; "
+        "save the tokenizer with transformers (tokenizer.json and tokenizer_config.json)."
+    )
+
+
 def _from_json(path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
@@ -266,6 +356,7 @@ def _from_json(path: Path) -> PreTrainedTokenizerFast:
     vocab = tokenizer.get_vocab()
     names = {"pad": ["[PAD]", "<pad>"], "unk": ["[UNK]", "<unk>"], "mask": ["[MASK]", "<mask>"]}
     names |= {"cls": ["[CLS]", "<s>"], "sep": ["[SEP]", "</s>"]}
+    names |= {"bos": ["<s>", END_OF_TEXT], "eos": ["</s>", END_OF_TEXT]}
     for part, spellings in names.items():
         for spelling in spellings:
             if getattr(tokenizer, f"{part}_token") is None and spelling in vocab:
