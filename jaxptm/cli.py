@@ -146,24 +146,47 @@ def evaluate(
 @app.command()
 @_reported
 def predict(
-    task: Annotated[str, typer.Argument(help="fill-mask")],
+    task: Annotated[str, typer.Argument(help="fill-mask or text-generation")],
     model: Annotated[str, typer.Argument(help="A model directory or a hub name.")],
     inputs: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT...", help="Default: lines of standard input.")
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Answers for each mask.")] = 5,
+    top_k: Annotated[
+        int | None, typer.Option(help="Answers for each mask (default 5), or tokens to draw from (default 50).")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of a generated text; default 256.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Generate the likeliest token each time.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of generated text; default 0.7.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Generate from the best tokens that hold this share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of generated text; default 0.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
 ) -> None:
     """Ask a model."""
-    from jaxptm.pipelines import pipeline
+    from jaxptm.pipelines import PIPELINES, pipeline
 
     texts = inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not texts:
         raise JaxptmError("no text given: pass it as arguments or on standard input.")
-    results = pipeline(task, model)(texts, top_k=top_k)
-    for text, result in zip(texts, [results] if len(texts) == 1 else results, strict=True):
+    generation: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "greedy": greedy or None,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    options = {name: value for name, value in generation.items() if value is not None}
+    if options and task in PIPELINES and task != "text-generation":
+        raise JaxptmError(f"--{next(iter(options)).replace('_', '-')} is for text-generation, not for {task}.")
+    if options.pop("greedy", False):
+        options["do_sample"] = False
+    options |= {} if top_k is None else {"top_k": top_k}
+    results = pipeline(task, model)(texts, **options)
+    for text, result in zip(texts, results if len(results) == len(texts) else [results], strict=True):
         if as_json:
             print(json.dumps({"input": text, "output": result}, ensure_ascii=False))
+            continue
+        if task == "text-generation":
+            print(result[0]["generated_text"])
             continue
         print(text)
         masks = [result] if isinstance(result[0], dict) else result

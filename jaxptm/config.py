@@ -72,7 +72,7 @@ class TextData(Config):
 
 
 class MaskedLmConfig(Config):
-    """`masked-lm`; or `pretraining`, with next-sentence prediction (BERT section 3.1) or sentence order (ALBERT 3.1)."""
+    """`masked-lm`; or `pretraining`, with next sentences (BERT section 3.1) or the order of sentences (ALBERT 3.1)."""
 
     name: Literal["masked-lm", "pretraining"]
     masking: Literal["tokens", "words", "spans"] = "tokens"

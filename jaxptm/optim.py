@@ -144,8 +144,8 @@ def layer_factors(params: Params, decay: float, form: Literal["paper", "code"]) 
     """What multiplies the learning rate of each leaf: `decay` once for every layer between it and the heads.
 
     With n layers a head keeps 1, the top layer has decay, the bottom one decay^n and the embeddings decay^(n + 1)
-    (Clark et al. 2020, appendix B). `code` has one factor more on all but the heads, as `_get_layer_lrs` in optimization.py
-    of google-research/electra. For layers that are stacked, one factor each along the first axis.
+    (Clark et al. 2020, appendix B). `code` has one factor more on all but the heads, as `_get_layer_lrs` of
+    google-research/electra. For layers that are stacked, one factor each along the first axis.
 
     Raises:
         JaxptmError: the parameters are not those of one model with layers of their own.

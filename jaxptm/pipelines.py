@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxptm.data.tokenizer import filler
 from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.types import JaxptmError
 
@@ -113,14 +114,99 @@ class FillMask:
         return np.array(list(dict.fromkeys(vocabulary[target] for target in targets)))
 
 
-PIPELINES = {"fill-mask": FillMask}
+class TextGeneration:
+    """Continues texts: `transformers.pipeline("text-generation")`."""
+
+    task = "causal-lm"
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        filler(model.tokenizer)  # fails here where texts of different length could not be batched
+
+    def __call__(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool = True,
+        temperature: float = 0.7,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        num_return_sequences: int = 1,
+        return_full_text: bool = True,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> list[Any]:
+        """Texts that begin with the given ones. The defaults are those of transformers, but for `seed`.
+
+        Args:
+            inputs: a text, or several.
+            max_new_tokens: at most; default 256, or what the model's context has room for.
+            do_sample: draw tokens (see `jaxptm.generation.filter_logits`) rather than take the likeliest.
+            num_return_sequences: answers a text.
+            return_full_text: whether an answer begins with the text it continues.
+            batch_size: rows that run at once.
+            seed: the same seed gives the same answers, however they are batched.
+
+        Returns:
+            For a text a list of {"generated_text"}, one an answer; for a sequence of texts a list of such lists.
+
+        Raises:
+            JaxptmError: an empty text, one that leaves no room for new tokens, or settings out of range.
+        """
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        if num_return_sequences < 1 or (num_return_sequences > 1 and not do_sample):
+            raise JaxptmError(
+                f"num_return_sequences is {num_return_sequences}: give at least 1, and more than 1 only with do_sample."
+            )
+        prompts = [self._encode(text) for text in texts for _ in range(num_return_sequences)]
+        if max_new_tokens is None:
+            room = self.model.config.max_length - max(map(len, prompts), default=0)
+            max_new_tokens = min(256, max(room, 1))
+        settings = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        answers: list[dict[str, Any]] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = prompts[start : start + batch_size]
+            length = max(map(len, rows))
+            fill = filler(self.model.tokenizer)
+            ids = np.array([[fill] * (length - len(row)) + row for row in rows])
+            mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+            out = self.model.generate(
+                ids, mask, max_new_tokens=max_new_tokens, pad_token_id=fill, first_row=start, **settings
+            )
+            for at, row in enumerate(rows, start):
+                text = texts[at // num_return_sequences]
+                new = self._new_text(row, out[at - start, length:].tolist())
+                answers.append({"generated_text": text + new if return_full_text else new})
+        grouped = [answers[at : at + num_return_sequences] for at in range(0, len(answers), num_return_sequences)]
+        return grouped[0] if isinstance(inputs, str) else grouped
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise JaxptmError(f"the text {text!r} is empty: give a beginning to continue.")
+        if len(ids) >= self.model.config.max_length:
+            raise JaxptmError(
+                f"{text[:60]!r}...: {len(ids)} tokens, the model takes {self.model.config.max_length}, new ones "
+                "included; shorten the text."
+            )
+        return ids
+
+    def _new_text(self, prompt: list[int], new: list[int]) -> str:
+        # By difference: what a token spells may depend on the one before it.
+        tokenizer = self.model.tokenizer
+        before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new))
+        return whole[len(before) :]
 
 
-def pipeline(task: str, path: str | os.PathLike[str], **options: Any) -> FillMask:
+PIPELINES: dict[str, Any] = {"fill-mask": FillMask, "text-generation": TextGeneration}
+
+
+def pipeline(task: str, path: str | os.PathLike[str], **options: Any) -> Any:
     """Opens a model for a task and returns a function of texts.
 
     Args:
-        task: "fill-mask".
+        task: "fill-mask" (see `FillMask`) or "text-generation" (see `TextGeneration`).
         path: a Hugging Face directory, a hub name, or the `model/` of a jaxptm run.
         **options: of `from_pretrained`.
 

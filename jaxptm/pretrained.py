@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from jaxptm.config import validate
 from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.generation import Sampling, generate
 from jaxptm.hf import files
 from jaxptm.hf import table as weights
 from jaxptm.models import FAMILIES, PRESETS, Family
@@ -98,6 +99,46 @@ class Model:
         self._check(arrays)
         arrays = {name: value.astype(np.int32) for name, value in arrays.items()}
         return Outputs(self._apply(self.params, arrays, output_hidden_states))
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int = 0,
+        first_row: int = 0,
+    ) -> np.ndarray:
+        """Continues prompts: see `jaxptm.generation.generate`; the arguments are those of `generate` of transformers.
+
+        Args:
+            do_sample: draw tokens, with `temperature`, among the `top_k` best that make up `top_p`; otherwise take the
+                likeliest.
+            eos_token_id: default what config.json says.
+            pad_token_id: default what config.json says, or else the end token.
+        """
+        sampling = None
+        if do_sample:
+            every = self.config.vocab_size
+            sampling = Sampling(temperature, every if top_k is None else top_k, 1.0 if top_p is None else top_p)
+        return generate(
+            self.module,
+            self.params,
+            np.asarray(input_ids),
+            None if attention_mask is None else np.asarray(attention_mask),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_token_id=self.hf_config.get("eos_token_id") if eos_token_id is None else eos_token_id,
+            pad_token_id=self.config.pad_token_id if pad_token_id is None else pad_token_id,
+            seed=seed,
+            first_row=first_row,
+        )
 
     @cached_property
     def _apply(self) -> Any:

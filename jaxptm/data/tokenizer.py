@@ -340,8 +340,8 @@ def _byte_bpe(path: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers raises bare Exception
         raise JaxptmError(f"{path}: vocab.json and merges.txt are no byte-level BPE: {error}.") from error
     raise JaxptmError(
-        f"{path / 'vocab.json'}: has neither RoBERTa's special tokens ({' '.join(BPE_SPECIAL)}) nor GPT-2's {END_OF_TEXT}; "
-        "save the tokenizer with transformers (tokenizer.json and tokenizer_config.json)."
+        f"{path / 'vocab.json'}: has neither RoBERTa's special tokens ({' '.join(BPE_SPECIAL)}) nor GPT-2's "
+        f"{END_OF_TEXT}; save the tokenizer with transformers (tokenizer.json and tokenizer_config.json)."
     )
 
 

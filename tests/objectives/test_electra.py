@@ -275,7 +275,7 @@ def test_two_directories_open_in_transformers_with_the_same_tables(tmp_path: Pat
         tables.append(model.electra.embeddings.state_dict())
     assert tables[0].keys() == tables[1].keys()
     assert all(torch.equal(tables[0][key], tables[1][key]) for key in tables[0])
-    batch = {name: rows for name, rows in batch_of().items()}
+    batch = batch_of()
     with torch.no_grad():
         expected = model.eval()(**{name: torch.tensor(rows).long() for name, rows in batch.items()}).logits.numpy()
     real = batch["attention_mask"].astype(bool)

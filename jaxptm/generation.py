@@ -1,0 +1,201 @@
+"""Text generation with a key-value cache, inside one compiled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, Key
+
+from jaxptm.nn.text import TextModel, empty_caches
+from jaxptm.types import Array, JaxptmError, Params
+
+PROMPT_STEP = 32
+"""Prompts are padded to a multiple of this, so that few shapes are compiled."""
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn from the model's distribution; see `filter_logits`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def generate(
+    module: TextModel,
+    params: Params,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    seed: int = 0,
+    first_row: int = 0,
+) -> np.ndarray:
+    """Continues prompts token by token, as `generate` of transformers does.
+
+    A row's text depends on (seed, `first_row` + its number) and its prompt, not on the rows beside it, nor on padding.
+
+    Args:
+        input_ids: int [B, P] prompts; shorter ones are padded on the left.
+        attention_mask: int [B, P], 0 for that padding; default all ones.
+        max_new_tokens: tokens to add at most.
+        sampling: None takes the likeliest token each time.
+        eos_token_id: a row ends behind one of these.
+        pad_token_id: what follows a row that has ended; default the first end token.
+        first_row: number of the first row, for whoever cuts many prompts into batches.
+
+    Returns:
+        int32 [B, P + n]: prompts and what was added; n is what the longest row took.
+
+    Raises:
+        JaxptmError: empty or too long prompts, ids outside the vocabulary, a mask that is not one of left padding, or
+            settings out of range.
+    """
+    config = module.config
+    if not config.causal or module.task != "causal-lm":
+        raise JaxptmError(
+            f"a {module.task or 'bare'} model does not generate text; open a GPT-2 with the task causal-lm."
+        )
+    ids, mask = _checked(config.vocab_size, config.max_length, input_ids, attention_mask, max_new_tokens)
+    if sampling is not None:
+        sampling = _in_range(sampling, config.vocab_size)
+    ends = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
+    pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+    for name, token in [("eos_token_id", end) for end in ends] + [("pad_token_id", pad)]:
+        if not 0 <= token < config.vocab_size:
+            raise JaxptmError(f"{name} is {token}, outside the vocabulary of {config.vocab_size}.")
+    more = -ids.shape[1] % PROMPT_STEP
+    padded = np.pad(ids, ((0, 0), (more, 0)), constant_values=pad)
+    rows = first_row + np.arange(len(ids))
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(rows)
+    new, count = _decode(
+        module,
+        max_new_tokens,
+        params,
+        padded,
+        np.pad(mask, ((0, 0), (more, 0))),
+        keys,
+        sampling,
+        np.asarray(ends, np.int32),
+        pad,
+    )
+    return np.concatenate([ids, np.asarray(new)[:, : int(count)]], axis=1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(
+    module: TextModel,
+    max_new_tokens: int,
+    params: Params,
+    input_ids: Int[Array, "B P"],
+    attention_mask: Int[Array, "B P"],
+    keys: Key[Array, " B"],
+    sampling: Sampling | None,
+    ends: Int[Array, " E"],
+    pad: int | Array,
+) -> tuple[Int[Array, "B N"], Int[Array, ""]]:
+    """The new tokens, with `pad` behind a row's end, and how many there are in the longest row."""
+    rows, length = input_ids.shape
+    lengths = attention_mask.sum(axis=1)
+    # Nothing sees what has not been written: each query sees up to its own place in the cache.
+    visible = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
+
+    def forward(ids: Array, positions: Array, caches: Any) -> tuple[Array, Any]:
+        """Logits behind the last of these tokens."""
+        last = jnp.full((rows, 1), ids.shape[1] - 1)
+        out = module.apply({"params": params}, ids, visible, position_ids=positions, mlm_positions=last, caches=caches)
+        return out["logits"][:, 0], out["caches"]
+
+    def choose(logits: Array, step: Array | int) -> Array:
+        if sampling is None:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        now = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        return jax.vmap(jax.random.categorical)(now, filter_logits(logits, *sampling)).astype(jnp.int32)
+
+    def unfinished(state: tuple[Any, ...]) -> Array:
+        step, _, done, _, _ = state
+        return (step < max_new_tokens) & ~done.all()
+
+    def extend(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, done, tokens, caches = state
+        logits, caches = forward(token[:, None], (lengths + step - 1)[:, None], caches)
+        token = jnp.where(done, pad, choose(logits, step)).astype(jnp.int32)
+        return step + 1, token, done | jnp.isin(token, ends), tokens.at[:, step].set(token), caches
+
+    positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+    caches = empty_caches(module.config, module.execution, rows, length + max_new_tokens)
+    logits, caches = forward(input_ids, positions, caches)
+    token = choose(logits, 0)
+    tokens = jnp.full((rows, max_new_tokens), pad, jnp.int32).at[:, 0].set(token)
+    state = (jnp.int32(1), token, jnp.isin(token, ends), tokens, caches)
+    count, _, _, tokens, _ = jax.lax.while_loop(unfinished, extend, state)
+    return tokens, count
+
+
+def filter_logits(
+    logits: Float[Array, "B V"], temperature: float | Array, top_k: int | Array, top_p: float | Array
+) -> Float[Array, "B V"]:
+    """Logits over the temperature; -inf outside the `top_k` best, and then outside the best that make up `top_p`.
+
+    In the order, and by the rules, of transformers (generation/logits_process.py): tokens that tie with the k-th stay; a
+    token stays while those better than it hold less than `top_p` (Holtzman et al. 2020, section 3.1), the best always.
+    """
+    scaled = logits / temperature
+    order = jnp.argsort(-scaled, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(scaled, order, axis=-1)
+    least = jax.lax.dynamic_index_in_dim(ranked, top_k - 1, axis=-1)
+    ranked = jnp.where(ranked < least, -jnp.inf, ranked)
+    share = jax.nn.softmax(ranked, axis=-1)
+    better = jnp.cumsum(share, axis=-1) - share
+    kept = (better < top_p) | (jnp.arange(logits.shape[-1]) == 0)[None] | jnp.asarray(top_p >= 1)  # 1 drops nothing
+    return jnp.put_along_axis(scaled, order, jnp.where(kept, ranked, -jnp.inf), axis=-1, inplace=False)
+
+
+def _checked(
+    vocab_size: int, max_length: int, input_ids: Any, attention_mask: Any, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise JaxptmError(f"`input_ids` is {ids.dtype} of shape {list(ids.shape)}, expected integers [batch, length].")
+    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+    if mask.shape != ids.shape:
+        raise JaxptmError(f"`attention_mask` has shape {list(mask.shape)}, `input_ids` {list(ids.shape)}.")
+    mask = mask.astype(np.int32)
+    empty = np.flatnonzero(mask.sum(axis=1) == 0)
+    if ids.size == 0 or empty.size:
+        row = int(empty[0]) if empty.size else 0
+        raise JaxptmError(f"prompt {row} is empty: give at least one token, such as the end of text that begins one.")
+    if np.any(np.diff(mask, axis=1) < 0) or not np.isin(mask, (0, 1)).all():
+        raise JaxptmError(
+            "`attention_mask`: pad prompts on the left (tokenizer.padding_side = 'left'), with 0 for padding."
+        )
+    if not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise JaxptmError(f"`input_ids` goes from {ids.min()} to {ids.max()}; the model takes 0 to {vocab_size - 1}.")
+    if max_new_tokens < 1:
+        raise JaxptmError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+    longest = int(mask.sum(axis=1).max())
+    if longest + max_new_tokens > max_length:
+        raise JaxptmError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are {longest + max_new_tokens}, the model "
+            f"takes {max_length}; shorten the prompt or lower max_new_tokens."
+        )
+    return ids.astype(np.int32), mask
+
+
+def _in_range(sampling: Sampling, vocab_size: int) -> Sampling:
+    temperature, top_k, top_p = sampling
+    if not temperature > 0:
+        raise JaxptmError(f"temperature is {temperature}, expected more than 0 (greedy: do_sample=False).")
+    if top_k < 1:
+        raise JaxptmError(f"top_k is {top_k}, expected at least 1.")
+    if not 0 < top_p <= 1:
+        raise JaxptmError(f"top_p is {top_p}, expected more than 0 and at most 1.")
+    return Sampling(float(temperature), min(int(top_k), vocab_size), float(top_p))
