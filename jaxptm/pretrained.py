@@ -171,8 +171,12 @@ class Model:
                 raise JaxptmError(f"`{name}` has shape {list(array.shape)}, `input_ids` {list(ids.shape)}.")
             if array.dtype.kind not in "iub":
                 raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
-            if name == "token_type_ids" and not limits[name] and not array.any():
-                continue  # the only type of a model that tells none apart
+            if name == "token_type_ids" and not limits[name]:
+                if array.any():
+                    raise JaxptmError(
+                        f"`{name}` goes from {array.min()} to {array.max()}; the model tells no types apart: leave them out."
+                    )
+                continue
             if array.size and not 0 <= array.min() <= array.max() < limits[name]:
                 raise JaxptmError(
                     f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}."

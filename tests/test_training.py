@@ -346,7 +346,7 @@ def test_a_checkpoint_is_restored_as_a_model(finished: tuple[TrainConfig, dict[s
     [
         ({"parallel__data": 64}, "64 devices asked for"),
         ({"train__batch_size": 6, "parallel__data": 4}, "do not divide among 4 devices"),
-        ({"data__sequence_length": 64}, "more than the model's 32 positions"),
+        ({"data__sequence_length": 64}, "64 is more than the 32 tokens that the model has positions for"),
         ({"model__vocab_size": 100}, "model.vocab_size: 100 is too small"),
         ({"model": "bert-gigantic"}, "no preset"),
         ({"model__hidden_size": 33}, "not a multiple of `num_attention_heads`"),
