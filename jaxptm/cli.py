@@ -180,8 +180,9 @@ def predict(
     if options.pop("greedy", False):
         options["do_sample"] = False
     options |= {} if top_k is None else {"top_k": top_k}
-    results = pipeline(task, model)(texts, **options)
-    for text, result in zip(texts, results if len(results) == len(texts) else [results], strict=True):
+    ask = pipeline(task, model)
+    results = ask(texts, **options) if len(texts) > 1 else [ask(texts[0], **options)]
+    for text, result in zip(texts, results, strict=True):
         if as_json:
             print(json.dumps({"input": text, "output": result}, ensure_ascii=False))
             continue

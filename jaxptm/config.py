@@ -47,7 +47,8 @@ class TextData(Config):
     vocab_size: Positive | None = None
     """Entries of the vocabulary to train; only with `tokenizer: train`."""
     lowercase: bool = True
-    """Whether a vocabulary trained here, or read from a bare `vocab.txt`, folds case and strips accents."""
+    """Whether a WordPiece vocabulary trained here, or read from a bare `vocab.txt`, folds case and strips accents;
+    `tokenizer_model: bpe` always keeps both."""
     sequence_length: Annotated[int, Field(ge=8)] = 128
     format: Literal["pairs", "packed", "stream"] = "pairs"
     """`pairs`: [CLS] A [SEP] B [SEP] with B the next segment or a random one (ALBERT: the two in their order or not).

@@ -48,7 +48,7 @@ def generate(
         attention_mask: int [B, P], 0 for that padding; default all ones.
         max_new_tokens: tokens to add at most.
         sampling: None takes the likeliest token each time.
-        eos_token_id: a row ends behind one of these.
+        eos_token_id: a row ends behind one of these; none of them where empty or None.
         pad_token_id: what follows a row that has ended; default the first end token.
         first_row: number of the first row, for whoever cuts many prompts into batches.
 
@@ -71,7 +71,10 @@ def generate(
     pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
     for name, token in [("eos_token_id", end) for end in ends] + [("pad_token_id", pad)]:
         if not 0 <= token < config.vocab_size:
-            raise JaxptmError(f"{name} is {token}, outside the vocabulary of {config.vocab_size}.")
+            raise JaxptmError(
+                f"{name} is {token}, outside the vocabulary of {config.vocab_size}; give one of its ids, or "
+                "eos_token_id=[] for texts that never end."
+            )
     more = -ids.shape[1] % PROMPT_STEP
     padded = np.pad(ids, ((0, 0), (more, 0)), constant_values=pad)
     rows = first_row + np.arange(len(ids))
@@ -145,17 +148,20 @@ def filter_logits(
 ) -> Float[Array, "B V"]:
     """Logits over the temperature; -inf outside the `top_k` best, and then outside the best that make up `top_p`.
 
-    In the order, and by the rules, of transformers (generation/logits_process.py): tokens that tie with the k-th stay; a
-    token stays while those better than it hold less than `top_p` (Holtzman et al. 2020, section 3.1), the best always.
+    In the order and by the rules of transformers (generation/logits_process.py): tokens that tie with the k-th stay; a
+    token stays while those better than it hold less than `top_p` (Holtzman et al. 2020, section 3.1), the best always;
+    of equal tokens the one with the higher id is the better.
     """
     scaled = logits / temperature
-    order = jnp.argsort(-scaled, axis=-1, stable=True)
+    size = logits.shape[-1]
+    order = jnp.argsort(scaled, axis=-1, stable=True)
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
-    least = jax.lax.dynamic_index_in_dim(ranked, top_k - 1, axis=-1)
+    least = jax.lax.dynamic_index_in_dim(ranked, size - top_k, axis=-1)
     ranked = jnp.where(ranked < least, -jnp.inf, ranked)
-    share = jax.nn.softmax(ranked, axis=-1)
-    better = jnp.cumsum(share, axis=-1) - share
-    kept = (better < top_p) | (jnp.arange(logits.shape[-1]) == 0)[None] | jnp.asarray(top_p >= 1)  # 1 drops nothing
+    # The share of a token and all below it.
+    share = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+    best = (jnp.arange(size) == size - 1)[None]
+    kept = (share > 1 - top_p) | best | jnp.asarray(top_p >= 1)  # 1 drops nothing
     return jnp.put_along_axis(scaled, order, jnp.where(kept, ranked, -jnp.inf), axis=-1, inplace=False)
 
 

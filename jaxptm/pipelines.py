@@ -163,17 +163,24 @@ class TextGeneration:
         if max_new_tokens is None:
             room = self.model.config.max_length - max(map(len, prompts), default=0)
             max_new_tokens = min(256, max(room, 1))
-        settings = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        fill, end = filler(self.model.tokenizer), self.model.tokenizer.eos_token_id
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "eos_token_id": self.model.hf_config.get("eos_token_id", end),
+            "pad_token_id": fill,
+            "seed": seed,
+        }
         answers: list[dict[str, Any]] = []
         for start in range(0, len(prompts), batch_size):
             rows = prompts[start : start + batch_size]
             length = max(map(len, rows))
-            fill = filler(self.model.tokenizer)
             ids = np.array([[fill] * (length - len(row)) + row for row in rows])
             mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-            out = self.model.generate(
-                ids, mask, max_new_tokens=max_new_tokens, pad_token_id=fill, first_row=start, **settings
-            )
+            out = self.model.generate(ids, mask, first_row=start, **settings)
             for at, row in enumerate(rows, start):
                 text = texts[at // num_return_sequences]
                 new = self._new_text(row, out[at - start, length:].tolist())

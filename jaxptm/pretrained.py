@@ -120,7 +120,7 @@ class Model:
         Args:
             do_sample: draw tokens, with `temperature`, among the `top_k` best that make up `top_p`; otherwise take the
                 likeliest.
-            eos_token_id: default what config.json says.
+            eos_token_id: default what config.json says; [] for rows that never end.
             pad_token_id: default what config.json says, or else the end token.
         """
         sampling = None

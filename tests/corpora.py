@@ -85,3 +85,17 @@ def english(documents: int, seed: int = 0, sentences: int = 8) -> list[list[str]
         [" ".join(sentence() for _ in range(random.integers(1, 4))) for _ in range(random.integers(1, sentences))]
         for _ in range(documents)
     ]
+
+
+ODD = [
+    "Café naïve ÀÉÎ Straße Ἀθῆναι İstanbul ǅ ﬁ",
+    "漢字と仮名 mixed 中文,字",
+    "“Quotes” — dashes… don't U.S.A. $3.50 50% #tag @me a_b",
+    "emoji 😀👩\u200d👩\u200d👧 and \u200b zero\u00adwidth \ufeff bom",
+    "tabs\tand\r nbsp\u00a0and\u2003em \x1c\x85\u2028 controls\x01\x7f\ufffd",
+    "combining e\u0301 \u0301x a\u0301\u0327b",
+    "x" * 150 + " ok",
+    "",
+    "   ",
+]
+"""Lines that tokenizers have been wrong about."""

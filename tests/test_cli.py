@@ -83,6 +83,76 @@ def test_predict_prints_a_table_or_json_lines(model: Path) -> None:
     }
 
 
+def test_predict_one_answer_to_one_text(model: Path) -> None:
+    status, out, _ = jaxptm("predict", "fill-mask", str(model), "the cat [MASK]", "--top-k", "1")
+    assert status == 0 and out.splitlines()[0] == "the cat [MASK]" and out.count("%") == 1
+    status, out, _ = jaxptm("predict", "fill-mask", str(model), "the cat [MASK]", "--top-k", "1", "--json")
+    assert [answer["token_str"] for answer in json.loads(out)["output"]]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    from jaxptm.data.tokenizer import train_wordpiece
+
+    directory = tmp_path_factory.mktemp("gpt2")
+    tokenizer = train_wordpiece(["the cat sat on the mat", "a dog sat on a log"] * 5, 60)
+    tokenizer.save_pretrained(directory)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    end = tokenizer.sep_token_id
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=end, eos_token_id=end, initializer_range=0.3)
+    ).save_pretrained(directory)
+    return directory
+
+
+def test_predict_prints_texts_or_json_lines(gpt2: Path) -> None:
+    import jaxptm as package
+
+    texts = ["the cat", "a dog sat on"]
+    greedy = ("predict", "text-generation", str(gpt2), "--greedy", "--max-new-tokens", "8")
+    wanted = package.pipeline("text-generation", gpt2)(texts, do_sample=False, max_new_tokens=8)
+    status, out, _ = jaxptm(*greedy, *texts)
+    assert status == 0 and out.splitlines() == [answers[0]["generated_text"] for answers in wanted]
+    status, out, _ = jaxptm(*greedy, "--json", text="\n".join(texts))
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and records == [
+        {"input": text, "output": answers} for text, answers in zip(texts, wanted, strict=True)
+    ]
+    status, out, _ = jaxptm(*greedy, texts[0])
+    assert status == 0 and out.splitlines() == [wanted[0][0]["generated_text"]]
+
+
+def test_predict_hands_the_settings_of_sampling_on(gpt2: Path) -> None:
+    import jaxptm as package
+
+    settings = {"max_new_tokens": 8, "temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 7}
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    wanted = package.pipeline("text-generation", gpt2)("the cat", **settings)
+    status, out, _ = jaxptm("predict", "text-generation", str(gpt2), "the cat", *options)
+    assert status == 0 and out.splitlines() == [wanted[0]["generated_text"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", "0"), "temperature is 0.0, expected more than 0"),
+        (("--top-p", "2"), "top_p is 2.0, expected more than 0 and at most 1"),
+        (("--max-new-tokens", "100"), "the model takes 64; shorten the prompt or lower max_new_tokens"),
+    ],
+)
+def test_settings_out_of_range(gpt2: Path, arguments: tuple[str, ...], message: str) -> None:
+    status, _, err = jaxptm("predict", "text-generation", str(gpt2), "the cat", *arguments)
+    assert status == 1 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("option", [("--greedy",), ("--seed", "1"), ("--temperature", "1"), ("--max-new-tokens", "3")])
+def test_options_of_generation_fill_no_masks(model: Path, option: tuple[str, ...]) -> None:
+    status, _, err = jaxptm("predict", "fill-mask", str(model), "a [MASK]", *option)
+    assert status == 1 and f"{option[0]} is for text-generation, not for fill-mask" in err
+
+
 def test_convert_there_and_back_is_exact(model: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -106,7 +176,8 @@ def test_doctor_names_the_devices() -> None:
     [
         (("train", "nowhere.yaml"), "nowhere.yaml: cannot read the config"),
         (("predict", "fill-mask", "/nowhere", "a"), "/nowhere: there is no such directory"),
-        (("predict", "fly", "/nowhere", "a"), "there is no pipeline 'fly'"),
+        (("predict", "fly", "/nowhere", "a"), "there is no pipeline 'fly'; there is fill-mask, text-generation"),
+        (("predict", "fly", "/nowhere", "a", "--greedy"), "there is no pipeline 'fly'"),
         (("convert", "/nowhere", "x"), "/nowhere: there is no such directory"),
         (("convert", "/nowhere", "x", "--to", "onnx"), "--to onnx: write hf or orbax"),
         (("convert", "/nowhere", "x", "--step", "3"), "--step is for run directories"),

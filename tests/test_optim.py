@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from jaxptm.config import OptimizerConfig
-from jaxptm.optim import apply_updates, decayed_leaves, optimizer, schedule
+from jaxptm.models.params import stacked
+from jaxptm.optim import apply_updates, decayed_leaves, layer_factors, optimizer, schedule
 from jaxptm.types import JaxptmError
 
 STEPS = 20
@@ -301,3 +302,56 @@ def test_moments_of_bfloat16_parameters_are_float32() -> None:
     updates, state = transform.update(params, state, params)
     floats = [leaf for leaf in jax.tree.leaves((updates, state)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert floats and {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+
+
+def test_electra_multiplies_warmup_and_decay() -> None:
+    """google-research/electra, optimization.py: polynomial_decay(lr, step, steps) * min(1, step / warmup)."""
+    config = OptimizerConfig(learning_rate=5e-4, schedule="electra_linear", warmup=100)
+    rates = np.array([float(schedule(config, 1000)(step)) for step in range(0, 1001, 10)])
+    steps = np.arange(0, 1001, 10)
+    np.testing.assert_allclose(rates, 5e-4 * (1 - steps / 1000) * np.minimum(1, steps / 100), rtol=1e-5, atol=1e-12)
+    assert rates.max() < 5e-4 * 0.91  # it never reaches the peak
+
+
+ENCODER = {
+    "embeddings": {"token": {"embedding": jnp.ones((5, 2))}, "norm": {"scale": jnp.ones(2)}},
+    "embeddings_project": {"kernel": jnp.ones((2, 2))},
+    "encoder": {f"layer_{i}": {"mlp": {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}} for i in range(12)},
+    "pooler": {"dense": {"kernel": jnp.ones((2, 2))}},
+    "classifier": {"dense": {"kernel": jnp.ones((2, 2))}},
+}
+
+
+@pytest.mark.parametrize(("form", "extra"), [("paper", 0), ("code", 1)])
+def test_layers_near_the_input_learn_slower(form: str, extra: int) -> None:
+    """google-research/electra#51: the code gives the top layer decay^2 where the paper says decay."""
+    factors = layer_factors(ENCODER, 0.8, form)
+    assert factors["classifier"]["dense"]["kernel"] == factors["pooler"]["dense"]["kernel"] == 1.0
+    for index in range(12):
+        for leaf in jax.tree.leaves(factors["encoder"][f"layer_{index}"]):
+            assert leaf == pytest.approx(0.8 ** (12 - index + extra))
+    assert factors["embeddings"]["token"]["embedding"] == pytest.approx(0.8 ** (13 + extra))
+    assert factors["embeddings_project"]["kernel"] == pytest.approx(0.8 ** (13 + extra))
+    scanned = layer_factors(stacked(ENCODER), 0.8, form)["encoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert scanned.shape == (12, 1, 1)
+    np.testing.assert_allclose(scanned[:, 0, 0], [0.8 ** (12 - index + extra) for index in range(12)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "bert_adam", "lamb"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_layer_decay_scales_the_whole_update(name: str, scan: bool) -> None:
+    params = stacked(ENCODER) if scan else ENCODER
+    grads = jax.tree.map(lambda leaf: 0.1 * jnp.ones_like(leaf), params)
+    found = []
+    for decay in (1.0, 0.5):
+        config = OptimizerConfig(name=name, learning_rate=1e-2, schedule="constant", layer_decay=decay, clip=None)
+        transform = optimizer(config, 10, params)
+        found.append(transform.update(grads, transform.init(params), params)[0])
+    factors = layer_factors(params, 0.5, "paper")
+    jax.tree.map(lambda a, b, f: np.testing.assert_allclose(b, a * f, rtol=1e-5), *found, factors)
+
+
+def test_models_of_one_layer_or_two_encoders_have_no_layer_decay() -> None:
+    for params in ({"encoder": {"shared_layer": {}}}, {"generator": ENCODER, "discriminator": ENCODER}):
+        with pytest.raises(JaxptmError, match=r"optimizer\.layer_decay: needs one model whose layers have parameters"):
+            layer_factors(params, 0.8, "paper")

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 
 from jaxptm.config import TextData
 from jaxptm.data.corpus import FORMAT, Manifest, Shard, damage_of
+from jaxptm.data.encoder import Encoder
 from jaxptm.data.sources import DOCUMENT_END, Source, find_sources, read_blocks, split_dataset
-from jaxptm.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_bpe, train_wordpiece
+from jaxptm.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe, train_wordpiece
 from jaxptm.errors import JaxptmError
 
 BYTES_PER_WORKER = 2**24
@@ -77,7 +78,7 @@ def prepare(
     try:
         sources = _sources(data)
     except JaxptmError:
-        if done is not None and request.items() <= done.request.items():
+        if done is not None and request.items() <= ({"tokenizer_model": "wordpiece"} | done.request).items():
             return done  # prepared elsewhere: the shards do without their sources
         raise
     request["tokenizer_stamp"] = _tokenizer_stamp(data.tokenizer)

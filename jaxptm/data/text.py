@@ -1,4 +1,4 @@
-"""Rows of text for pre-training, as pure functions of (seed, index): BERT's sentence pairs, RoBERTa's packed sentences.
+"""Rows of text for pre-training, as pure functions of (seed, index): BERT's pairs, RoBERTa's sentences, GPT-2's stream.
 
 A source plans an epoch once, in numpy over the whole corpus, as boundaries in the token stream; row `index` is then
 copied out of the memory-mapped shards. No copy of the corpus is written, and any row is reached directly.

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-from jaxtyping import Bool, Int, UInt
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxptm.errors import JaxptmError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -24,8 +20,10 @@ BPE_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 """RoBERTa's, the first four with RoBERTa's ids."""
 END_OF_TEXT = "<|endoftext|>"
 """GPT-2's only special token."""
-PUNCTUATION = ",.;:!?\"'()[]-—“”‘’"
-"""The commonest marks that BERT's tokenisation makes tokens of their own."""
+WORD_BORDER = re.compile(r"(?<=.)(?= \S)", re.DOTALL)
+"""Places where byte-level BPE starts a new piece whatever is around them: before a space that leads a word."""
+SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model")
+"""What XLM-R and ALBERT were released with."""
 ALPHABET_LIMIT = 1000
 """Characters a trained vocabulary spells words with; rarer ones become [UNK], as in BERT's multilingual recipe."""
 
@@ -62,6 +60,7 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
             return _wordpiece(_read_vocab(path / "vocab.txt"), lowercase)
         if (path / "vocab.json").exists() and (path / "merges.txt").exists():
             return _byte_bpe(path)
+        _refuse_sentencepiece(path)
         raise JaxptmError(
             f"{path}: no tokenizer here: expected tokenizer.json, or vocab.txt, or vocab.json with merges.txt, or "
             "tokenizer_config.json that names the tokenizer_class of the other files."
@@ -78,6 +77,7 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
     except Exception as error:  # transformers, huggingface_hub and tokenizers each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if path.is_dir():
+            _refuse_sentencepiece(path)
             raise JaxptmError(f"{path}: the tokenizer does not open: {reason}") from error
         raise JaxptmError(
             f"tokenizer {str(name)!r}: no such directory, and the Hugging Face hub does not give it (no network, or no "
@@ -85,6 +85,12 @@ def load_tokenizer(name: str | Path, lowercase: bool = True) -> PreTrainedTokeni
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise JaxptmError(f"tokenizer {str(name)!r} has no fast version (tokenizer.json), which jaxptm needs.")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up of nothing
+        _refuse_sentencepiece(path)
+        raise JaxptmError(
+            f"tokenizer {str(name)!r} has special tokens alone: the file with its vocabulary is missing; put the "
+            "tokenizer.json from where tokenizer_config.json came from beside it."
+        )
     return tokenizer
 
 
@@ -151,12 +157,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     if vocab_size < least:
         raise JaxptmError(f"data.vocab_size {vocab_size} is too small: special tokens and bytes alone take {least}.")
     split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
-    pieces: Counter[str] = Counter()
+    words: Counter[str] = Counter()
     for text in texts:
-        for line in text.split("\n"):
-            # As `Encoder` will see it: sentences follow each other with a space between.
-            pieces.update(piece for piece, _ in split(f" {line.strip()}"))
-    pieces.pop("Ġ", None)
+        for line in filter(None, map(str.strip, text.split("\n"))):
+            words.update(WORD_BORDER.split(f" {line}"))  # as `Encoder` has it: with a space between sentences
+    pieces: Counter[str] = Counter()
+    for word, count in words.items():
+        for piece, _ in split(word):
+            pieces[piece] += count
     if not pieces:
         raise JaxptmError("cannot train a tokenizer: the text holds no words.")
     backend = Tokenizer(models.BPE())
@@ -210,105 +218,6 @@ def filler(tokenizer: PreTrainedTokenizerFast) -> int:
     )
 
 
-class Encoder:
-    """Token ids of text blocks, without special tokens; what looks like a special token in the text is plain text.
-
-    A block is a string in which a newline ends a sentence and `document_end` ends a sentence and its document; it ends
-    with one of the two. In BERT's tokenisation a word's ids do not depend on its neighbours, so each distinct word is
-    tokenised once and looked up afterwards, several times as fast as the tokenizer itself. Other tokenizers see whole
-    sentences, with a space in front of all but the first of a document: byte-level vocabularies need it.
-    """
-
-    TABLE_LIMIT = 2**19
-    """Words the table holds before it starts afresh (some 100 MB)."""
-
-    def __init__(self, backend: Tokenizer, document_end: str):
-        from tokenizers import Tokenizer
-
-        self._backend = Tokenizer.from_str(backend.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = True
-        self._document_end = document_end
-        self._document_starts = True
-        self._by_word = _words_are_independent(self._backend)
-        self._table = _WordTable(["\n", document_end])
-
-    def __call__(self, block: str) -> tuple[UInt[np.ndarray, " tokens"], Int[np.ndarray, " S"], Bool[np.ndarray, " S"]]:
-        """The ids, the offset in them where each sentence (empty ones too) ends, and whether a document ends there."""
-        return self._encode_words(block) if self._by_word else self._encode_sentences(block)
-
-    def _encode_words(self, block: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if len(self._table) > self.TABLE_LIMIT:
-            self._table = _WordTable(["\n", self._document_end])
-        # Punctuation is a word of its own to BERT, so setting it apart changes no id and makes fewer distinct words.
-        # Other white space and marks stay within "words", where the tokenizer itself decides what they are.
-        for mark in ("\n", self._document_end, *PUNCTUATION):
-            block = block.replace(mark, f" {mark} ")
-        words = block.split(" ")
-        rows, first, length = self._table.look_up(words, self._encode)
-        ends = np.cumsum(length)
-        ids = self._table.ids[np.repeat(first - (ends - length), length) + np.arange(ends[-1])]
-        marks = np.flatnonzero(rows < 2)
-        return ids, ends[marks], rows[marks] == 1
-
-    def _encode_sentences(self, block: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        sentences: list[str] = []
-        closes: list[bool] = []
-        for number, document in enumerate(block.split(self._document_end)):
-            if number > 0:
-                closes[-1] = self._document_starts = True
-            for sentence in map(str.strip, document.split("\n")):
-                sentences.append(f" {sentence}" if sentence and not self._document_starts else sentence)
-                closes.append(False)
-                self._document_starts = self._document_starts and not sentence
-        # Nothing follows the last mark.
-        ids, lengths = self._encode(sentences[:-1])
-        return ids, np.cumsum(lengths), np.array(closes[:-1], bool)
-
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.fromiter(chain.from_iterable(ids), np.uint32, int(lengths.sum())), lengths
-
-
-class _WordTable(dict[str, int]):
-    """Word -> row number; row r's token ids are `ids[first[r] : first[r] + length[r]]`. The marks have none."""
-
-    def __init__(self, marks: list[str]):
-        super().__init__((mark, row) for row, mark in enumerate(marks))
-        self._new: list[str] = []
-        self.ids = np.zeros(0, np.uint32)
-        self._first = np.zeros(len(marks), np.int64)
-        self._length = np.zeros(len(marks), np.int64)
-
-    def __missing__(self, word: str) -> int:
-        self[word] = row = len(self)
-        self._new.append(word)
-        return row
-
-    def look_up(self, words: list[str], encode: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The words' rows, and those rows' `first` and `length`; words not seen before go through `encode`."""
-        rows = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
-        if self._new:
-            ids, lengths = encode(self._new)
-            firsts = len(self.ids) + np.cumsum(lengths) - lengths
-            self.ids = np.concatenate([self.ids, ids])
-            self._first = np.concatenate([self._first, firsts])
-            self._length = np.concatenate([self._length, lengths])
-            self._new = []
-        return rows, self._first[rows], self._length[rows]
-
-
-def _words_are_independent(backend: Tokenizer) -> bool:
-    """Whether the ids of a text are those of its words and punctuation marks, one after the other, as with BERT."""
-    fields = json.loads(backend.to_str())
-    parts = [(fields[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-    # Special tokens are plain text to the encoder; another added token may reach over a border of words.
-    only_special = all(token["special"] for token in fields["added_tokens"])
-    return parts == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and only_special
-
-
 def _wordpiece(vocab: dict[str, int], lowercase: bool) -> PreTrainedTokenizerFast:
     from transformers import BertTokenizerFast
 
@@ -323,22 +232,37 @@ def _roberta(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> PreTrained
     return RobertaTokenizer(vocab=vocab, merges=merges, mask_token=AddedToken("<mask>", lstrip=True, special=True))
 
 
+def _refuse_sentencepiece(path: Path) -> None:
+    for name in SENTENCEPIECE:
+        if (path / name).exists() and not (path / "tokenizer.json").exists():
+            raise JaxptmError(
+                f"{path / name}: a SentencePiece model does not open by itself; put the tokenizer.json beside it that "
+                "its repository on the Hugging Face hub also holds."
+            )
+
+
 def _byte_bpe(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a bare `vocab.json` and `merges.txt`: RoBERTa's where its special tokens are in there."""
     from transformers import GPT2Tokenizer
 
+    file = path / "vocab.json"
     try:
-        vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-        lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+        vocab = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(vocab, dict) or not all(isinstance(index, int) for index in vocab.values()):
+            raise ValueError("tokens and their ids expected")
+        file = path / "merges.txt"
+        lines = file.read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        if not isinstance(vocab, dict) or not all(len(merge) == 2 for merge in merges):
-            raise ValueError("vocab.json is no object, or a line of merges.txt is no pair")
+        bad = next((merge for merge in merges if len(merge) != 2), None)
+        if bad is not None:
+            raise ValueError(f"{' '.join(bad)!r} is no pair of pieces")
         if all(token in vocab for token in BPE_SPECIAL):
             return _roberta(vocab, merges)
         if END_OF_TEXT in vocab:
             return GPT2Tokenizer(vocab=vocab, merges=merges)
     except Exception as error:  # tokenizers raises bare Exception
-        raise JaxptmError(f"{path}: vocab.json and merges.txt are no byte-level BPE: {error}.") from error
+        reason = str(error).splitlines()[0]
+        raise JaxptmError(f"{file}: belongs to no byte-level BPE: {reason}; fetch both files anew.") from error
     raise JaxptmError(
         f"{path / 'vocab.json'}: has neither RoBERTa's special tokens ({' '.join(BPE_SPECIAL)}) nor GPT-2's "
         f"{END_OF_TEXT}; save the tokenizer with transformers (tokenizer.json and tokenizer_config.json)."
@@ -352,7 +276,7 @@ def _from_json(path: Path) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise JaxptmError(f"{path}: is no tokenizer.json: {str(error).splitlines()[0]}") from error
-    # A lone tokenizer.json does not say which of its tokens play which part: go by the names that BERT and RoBERTa use.
+    # A lone tokenizer.json does not say which token plays which part: go by the names of BERT, RoBERTa and GPT-2.
     vocab = tokenizer.get_vocab()
     names = {"pad": ["[PAD]", "<pad>"], "unk": ["[UNK]", "<unk>"], "mask": ["[MASK]", "<mask>"]}
     names |= {"cls": ["[CLS]", "<s>"], "sep": ["[SEP]", "</s>"]}

@@ -267,6 +267,51 @@ def test_held_out_files_are_a_split_of_their_own_and_teach_the_vocabulary_nothin
         prepare(data.model_copy(update={"eval_files": f"{files}/0.txt"}), tmp_path / "prepared")
 
 
+def test_a_byte_level_vocabulary_is_trained_on_request(files: Path, tmp_path: Path) -> None:
+    data = TextData(files=str(files), tokenizer="train", tokenizer_model="bpe", vocab_size=400)
+    manifest = prepare(data, tmp_path / "prepared")
+    assert manifest is not None
+    tokenizer = load_tokenizer(tmp_path / "prepared" / "tokenizer")
+    assert (len(tokenizer), manifest.vocab_size, manifest.separator) == (400, 400, tokenizer.sep_token_id)
+    want: list[int] = []
+    for document in DOCUMENTS:
+        want += [*tokenizer(" ".join(document), add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
+    corpus = Corpus.open(tmp_path / "prepared")
+    assert stream(corpus) == want, "as if the lines of a document were one"
+    assert len(corpus.document_ends) == len(DOCUMENTS)
+    assert prepare(data, tmp_path / "prepared", workers=2) == manifest == prepare(data, tmp_path / "again", workers=2)
+    wordpiece = prepare(data.model_copy(update={"tokenizer_model": "wordpiece"}), tmp_path / "prepared")
+    assert wordpiece is not None
+    assert load_tokenizer(tmp_path / "prepared" / "tokenizer").mask_token == "[MASK]"
+    assert wordpiece.tokenizer != manifest.tokenizer
+
+
+def test_the_end_of_text_parts_the_documents_of_gpt2(files: Path, shared_data: Path, tmp_path: Path) -> None:
+    manifest = prepare(TextData(files=str(files), tokenizer=str(shared_data / "tokenizers" / "gpt2")), tmp_path / "out")
+    assert manifest is not None
+    assert manifest.separator == 50256
+    corpus = Corpus.open(tmp_path / "out")
+    assert [position for position, token in enumerate(stream(corpus)) if token == 50256] == [
+        corpus.sentence_ends[last - 1] - 1 for last in corpus.document_ends
+    ]
+
+
+def test_a_directory_from_before_there_was_a_choice_of_model_keeps_its_shards(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TextData(files=str(files), tokenizer="train", vocab_size=200)
+    directory = tmp_path / "prepared"
+    manifest = prepare(data, directory)
+    for file, keys in (("manifest.json", ["request"]), ("tokenizer/made_from.json", [])):
+        content = fields = json.loads((directory / file).read_text())
+        for key in keys:
+            fields = fields[key]
+        del fields["tokenizer_model"]
+        (directory / file).write_text(json.dumps(content))
+    monkeypatch.setattr(preparing._ShardWriter, "_write_arrays", lambda *args: pytest.fail("the shards are the same"))
+    assert prepare(data, directory) == manifest == Manifest.load(directory)
+
+
 def test_documents_without_words_are_none(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n\x01\n\nthe river\n\n\u200b\x02\n\x03\n\nof\n\x01\n stone \n\n\n")
     (tmp_path / "b.txt").write_text("\n \n")

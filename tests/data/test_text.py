@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxptm.data import text
 from jaxptm.data.corpus import Corpus
-from jaxptm.data.text import PackedSentences, PairPlan, SentencePairs
+from jaxptm.data.text import PackedSentences, PairPlan, RunningText, SentencePairs, TokenStream
 from jaxptm.errors import JaxptmError
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=12), min_size=1, max_size=5)
@@ -21,6 +21,10 @@ def pairs(corpus: Corpus, length: int = 64, seed: int = 0, short_probability: fl
 
 def packed(corpus: Corpus, length: int = 64, seed: int = 0, separate_documents: bool = False) -> PackedSentences:
     return PackedSentences(corpus, SPECIAL, length, seed, separate_documents)
+
+
+def stream(corpus: Corpus, length: int = 64, seed: int = 0, separate_documents: bool = False) -> TokenStream:
+    return TokenStream(corpus, SPECIAL.pad, length, seed, separate_documents)
 
 
 def untruncated(monkeypatch: pytest.MonkeyPatch, source: SentencePairs, epoch: int = 0) -> list[tuple[int, ...]]:
@@ -209,7 +213,7 @@ def test_an_epoch_reads_all_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept > 0.9 * len(want)
 
 
-@pytest.mark.parametrize("make", [pairs, packed])
+@pytest.mark.parametrize("make", [pairs, packed, stream])
 def test_rows_are_a_function_of_seed_and_index(make) -> None:
     corpus = random_corpus(seed=3)
     source, again = make(corpus, seed=4), make(corpus, seed=4)
@@ -232,7 +236,7 @@ def test_rows_are_a_function_of_seed_and_index(make) -> None:
     assert first == order(again, 0)
     assert first != order(source, 1)
     assert first != order(make(corpus, seed=5), 0)
-    if make is packed:
+    if make is not pairs:
         assert sorted(first) == sorted(order(source, 1)), "an epoch reads the same rows in another order"
     else:
         assert len(set(first) & set(order(source, 1))) < len(first) / 2, "an epoch pairs anew"
@@ -252,10 +256,10 @@ def test_a_view_reads_its_own_documents_only() -> None:
     for view in (train, held_out):
         documents = [Document(corpus, number) for number in view.documents]
         allowed = {position for document in documents for position in range(document.start, document.end)}
-        for source in (pairs(view), packed(view)):
+        for source in (pairs(view), packed(view), stream(view)):
             ids = source.rows(range(len(source)))["input_ids"]
             assert {int(token) - FIRST for token in np.unique(ids[ids >= FIRST])} <= allowed
-            if isinstance(source, PackedSentences):
+            if isinstance(source, RunningText):
                 assert {int(token) - FIRST for token in np.unique(ids[ids >= FIRST])} == allowed
 
 
@@ -314,5 +318,43 @@ def test_packed_rows_hold_the_stream_in_whole_sentences(lengths: list[list[list[
     assert source.token_share() == pytest.approx(used.mean() / length)
 
 
-def test_packed_rows_have_segments_only_when_asked() -> None:
-    assert set(packed(random_corpus())[0]) == {"input_ids", "attention_mask"}
+def sliced(corpus: Corpus, length: int, pad: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Rows of the stream in plain Python: tokens, mask and segments."""
+    tokens = np.concatenate(corpus.shards).tolist()
+    rows = []
+    for first, last in corpus.ranges.tolist():
+        documents = [Document(corpus, number) for number in range(first, last)]
+        text = tokens[documents[0].start : documents[-1].end + 1]
+        owners = [number for number, document in enumerate(documents) for _ in range(document.start, document.end + 1)]
+        for start in range(0, len(text), length):
+            ids, within = text[start : start + length], owners[start : start + length]
+            padding = length - len(ids)
+            segments = [1 + number - within[0] for number in within]
+            rows.append((ids + [pad] * padding, [1] * len(ids) + [0] * padding, segments + [0] * padding))
+    return rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(8, 60), st.sampled_from([SPECIAL.pad, SPECIAL.sep]), st.sampled_from([0, 0.3]))
+def test_stream_rows_hold_every_token_once_in_order(
+    lengths: list[list[list[int]]], length: int, pad: int, held_out: float
+) -> None:
+    """With padding of its own, and with the separator in its place as for GPT-2."""
+    corpus = numbered_corpus(lengths)
+    if len(corpus.documents) >= 4:
+        corpus = corpus.split(held_out)[0]
+    source = TokenStream(corpus, pad, length, seed=0, separate_documents=True)
+    want = sliced(corpus, length, pad)
+    rows = source.rows(range(len(source)))
+    assert list(rows) == ["input_ids", "attention_mask", "segment_ids"]
+    assert all(values.dtype == np.int32 for values in rows.values())
+    assert sorted(zip(*(values.tolist() for values in rows.values()), strict=True)) == sorted(want)
+    plan = source.plan()
+    walked = [corpus.tokens(*place).tolist() for place in zip(plan.start.tolist(), plan.end.tolist(), strict=True)]
+    assert walked == [ids[: sum(mask)] for ids, mask, _ in want], "in the order of the corpus"
+    assert source.token_share() == pytest.approx(corpus.token_count / len(want) / length)
+
+
+@pytest.mark.parametrize("make", [packed, stream])
+def test_running_text_has_segments_only_when_asked(make) -> None:
+    assert set(make(random_corpus())[0]) == {"input_ids", "attention_mask"}

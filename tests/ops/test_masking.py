@@ -15,7 +15,9 @@ from jaxptm.ops.masking import (
     SPAN_PROBABILITIES,
     Masked,
     mask_tokens,
+    mask_with_replacement,
     prediction_counts,
+    replace_masked,
     select_spans,
     select_words,
     vocabulary_tables,
@@ -338,3 +340,117 @@ def test_vocabulary_tables_of_real_tokenizers(name, shared_data):
     assert len(ids) > 4
     assert tables.is_special[tokenizer.all_special_ids].all()
     assert [tokenizer.decode(word).strip() for word in words] == ["the", "pterodactyls", "flew", "unbelievably"]
+
+
+electra_mask = jax.jit(mask_with_replacement, static_argnames=("probability", "max_predictions", "mask_id"))
+
+
+def mask_as_electra(batch: dict, key: int, probability: float = 0.15, slots: int = 10) -> Masked:
+    fields = {name: batch[name] for name in ("input_ids", "eligible", "lengths")}
+    keys = jax.random.split(jax.random.key(key), len(batch["lengths"]))
+    options = {"probability": probability, "max_predictions": slots, "mask_id": MASK}
+    return jax.tree.map(np.asarray, electra_mask(keys, **fields, **options))
+
+
+def test_electra_masks_by_the_reference_s_rule() -> None:
+    """google-research/electra, pretrain_helpers.py `mask`: counts, places, fates."""
+    batch = corpus(4000, 64)
+    ids, eligible = np.asarray(batch["input_ids"]), np.asarray(batch["eligible"])
+    masked = mask_as_electra(batch, 0)
+    filled = masked.weights > 0
+    np.testing.assert_array_equal(filled.sum(axis=1), prediction_counts(64, 0.15, 10)[np.asarray(batch["lengths"])])
+    rows = np.nonzero(filled)[0]
+    assert eligible[rows, masked.positions[filled]].all()
+    np.testing.assert_array_equal(masked.labels[filled], ids[rows, masked.positions[filled]])
+    assert not masked.positions[~filled].any() and not masked.labels[~filled].any()
+
+    changed = masked.input_ids != ids
+    assert (masked.input_ids[changed] == MASK).all()  # no token becomes another one
+    chosen = np.zeros_like(eligible)
+    chosen[rows, masked.positions[filled]] = True
+    assert not (changed & ~chosen).any()
+    # A slot hides its token with a chance of 85%, whatever other slots of the position do.
+    times = np.zeros(ids.shape, int)
+    np.add.at(times, (rows, masked.positions[filled]), 1)
+    for number, share in ((1, 0.85), (2, 1 - 0.15**2)):
+        found, count = changed[times == number].mean(), (times == number).sum()
+        assert abs(found - share) < 4 * np.sqrt(share * (1 - share) / count), number
+    # With replacement: positions repeat as often as independent uniform draws do.
+    pairs, repeats = 0.0, 0
+    for row in range(len(ids)):
+        drawn = masked.positions[row][filled[row]]
+        pairs += len(drawn) * (len(drawn) - 1) / 2 / max(eligible[row].sum(), 1)
+        repeats += ((drawn[:, None] == drawn[None, :]).sum() - len(drawn)) // 2
+    assert abs(repeats - pairs) < 4 * np.sqrt(pairs)
+
+
+def test_electra_chooses_every_token_as_often_as_another() -> None:
+    batch = {name: jnp.repeat(rows[:1], 20000, axis=0) for name, rows in corpus(1, 24, padding=False).items()}
+    masked = mask_as_electra(batch, 1)
+    counts = np.bincount(masked.positions[masked.weights > 0], minlength=24)
+    eligible = np.asarray(batch["eligible"][0])
+    assert not counts[~eligible].any()
+    assert stats.chisquare(counts[eligible]).pvalue > 1e-3
+
+
+def test_electra_never_chooses_the_first_token_and_leaves_empty_rows_alone() -> None:
+    ids = jnp.full((200, 12), 9, jnp.int32)
+    eligible = jnp.ones((200, 12), bool).at[100:].set(False)
+    masked = mask_as_electra({"input_ids": ids, "eligible": eligible, "lengths": jnp.full(200, 12)}, 0, slots=4)
+    assert (masked.positions[:100][masked.weights[:100] > 0] > 0).all()
+    assert not masked.weights[100:].any() and (masked.input_ids[100:] == 9).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_electra_rows_do_not_see_each_other(seed: int) -> None:
+    batch = corpus(6, 32, seed)
+    together = mask_as_electra(batch, seed)
+    keys = jax.random.split(jax.random.key(seed), 6)
+    fields = {name: batch[name][2:4] for name in ("input_ids", "eligible", "lengths")}
+    alone = electra_mask(keys[2:4], **fields, probability=0.15, max_predictions=10, mask_id=MASK)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[2:4]), alone, together)
+
+
+def test_replacements_come_from_the_generator_and_each_position_has_one() -> None:
+    batch = corpus(3000, 32)
+    ids, masked = np.asarray(batch["input_ids"]), mask_as_electra(batch, 0, slots=5)
+    chances = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = np.full((3000, 5, VOCAB), -np.inf, np.float32)
+    logits[..., 100:104] = np.log(chances)
+    keys = jax.random.split(jax.random.key(1), 3000)
+    for temperature, expected in ((1.0, chances), (0.5, chances**2 / (chances**2).sum())):
+        found = np.asarray(replace_masked(keys, batch["input_ids"], masked, jnp.asarray(logits), temperature))
+        chosen = np.zeros(ids.shape, bool)
+        filled = masked.weights > 0
+        chosen[np.nonzero(filled)[0], masked.positions[filled]] = True
+        np.testing.assert_array_equal(found[~chosen], ids[~chosen])
+        counts = np.bincount(found[chosen] - 100, minlength=4)
+        assert len(counts) == 4 and stats.chisquare(counts, expected * counts.sum()).pvalue > 1e-3
+
+
+def test_of_two_slots_at_one_position_the_first_decides() -> None:
+    masked = Masked(
+        jnp.array([[2, 4, 4, 3]]),
+        jnp.array([[1, 2, 1, 0]]),
+        jnp.array([[7, 8, 7, 0]]),
+        jnp.array([[1.0, 1.0, 1.0, 0.0]]),
+    )
+    logits = jnp.full((1, 4, 50), -jnp.inf).at[0, jnp.arange(4), 20 + jnp.arange(4)].set(0.0)
+    ids = jnp.array([[2, 7, 8, 3]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    np.testing.assert_array_equal(replace_masked(keys, ids, masked, logits, 1.0), [[2, 20, 21, 3]])
+    guessed = logits.at[0, 0].set(jnp.where(jnp.arange(50) == 7, 0.0, -jnp.inf))
+    np.testing.assert_array_equal(
+        replace_masked(keys, ids, masked, guessed, 1.0), [[2, 7, 21, 3]]
+    )  # right: the original
+
+
+def test_no_gradient_passes_through_the_samples() -> None:
+    masked = Masked(jnp.array([[2, 4, 3]]), jnp.array([[1]]), jnp.array([[7]]), jnp.array([[1.0]]))
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def value(logits: jax.Array) -> jax.Array:
+        return replace_masked(keys, jnp.array([[2, 7, 3]]), masked, logits, 1.0).astype(jnp.float32).sum()
+
+    assert not np.any(jax.grad(value)(jnp.zeros((1, 1, 30))))
