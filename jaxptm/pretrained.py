@@ -174,7 +174,8 @@ class Model:
             if name == "token_type_ids" and not limits[name]:
                 if array.any():
                     raise JaxptmError(
-                        f"`{name}` goes from {array.min()} to {array.max()}; the model tells no types apart: leave them out."
+                        f"`{name}` goes from {array.min()} to {array.max()}; the model tells no types apart: leave "
+                        "them out."
                     )
                 continue
             if array.size and not 0 <= array.min() <= array.max() < limits[name]:

@@ -209,7 +209,8 @@ def open_models(source: str | Path, settings: ObjectiveConfig, **options: Any) -
     """The models that an objective trains, with weights, by the directory of a run that they are exported to.
 
     Args:
-        source: a run directory or its URL; where only one model is trained also a model directory or a hub name.
+        source: a run directory or its URL, or a model directory or hub name. The latter serves all models: ELECTRA's
+            two may begin as one masked LM (Clark et al. 2020, section 3.3), if they have its size.
         **options: of `from_pretrained`.
 
     Raises:
@@ -225,8 +226,6 @@ def open_models(source: str | Path, settings: ObjectiveConfig, **options: Any) -
             path = Mirror(str(source)).pull(name)
         elif (Path(source) / name).is_dir():
             path = Path(source) / name
-        elif len(tasks) > 1:
-            raise JaxptmError(f"{source}: has no directory {name}/; {settings.name} needs {', '.join(tasks)} of a run.")
         models[name] = from_pretrained(path, task, **options)
     return models
 

@@ -166,7 +166,6 @@ WIDE = {"model__generator_size": 0.9, "model__hidden_size": 160}
         ("electra", WIDE, "model.generator_size: 0.9 of the width 160 is 144, which 2 heads"),
         ("roberta", {"model__pad_token_id": 0}, "model.pad_token_id: is 0, but data.tokenizer train has 1; this model"),
         ("roberta", {"data__sequence_length": 33}, "33 is more than the 32 tokens that the model has positions for"),
-        ("electra", {"init_from": "."}, r"\.: has no directory model/; replaced-token needs model, generator of a run"),
         ("gpt2", {"objective": OTHER["clm"]}, "objective: `name` should be 'masked-lm' or 'pretraining'"),
         ("electra", {"optimizer__layer_decay": 0.9}, "optimizer.layer_decay: needs one model whose layers have"),
         ("albert", {"optimizer__layer_decay": 0.9}, "optimizer.layer_decay: needs one model whose layers have"),
@@ -209,3 +208,29 @@ def test_training_goes_on_from_the_two_models_of_a_run(home: Path) -> None:
     for name in ("model", "generator"):
         ours, theirs = (test_training.load_file(Path(c.out) / name / "model.safetensors") for c in (second, first))
         assert all(np.allclose(ours[key], theirs[key], atol=1e-7) for key in ours)
+
+
+def test_two_models_may_begin_as_one_masked_lm(home: Path) -> None:
+    """Clark et al. 2020, section 3.3: the discriminator begins with the weights of a generator of its size."""
+    whole = {"model__generator_size": 1.0}
+    first = config_of(
+        home,
+        "electra_mlm",
+        model={**RUNS["electra"]["model"], "generator_size": 1.0},
+        objective={"name": "masked-lm"},
+        data__format="packed",
+        train__steps=2,
+        optimizer__warmup=1,
+    )
+    train(first)
+    options = {"train__steps": 1, "optimizer__warmup": 0, "init_from": str(Path(first.out) / "model")}
+    second = run_of(home, "electra", "both", optimizer__learning_rate=1e-30, **options, **whole)
+    train(second)
+    start = test_training.weights(first.out)
+    for name in ("model", "generator"):
+        ours = test_training.load_file(Path(second.out) / name / "model.safetensors")
+        shared = ours.keys() & start.keys()
+        assert any("layer.1" in key for key in shared) and any("word_embeddings" in key for key in shared)
+        assert all(np.allclose(ours[key], start[key], atol=1e-7) for key in shared)
+    with pytest.raises(JaxptmError, match=r"weight\(s\) do not fit the model|init_from: .* does not fit `model`"):
+        train(run_of(home, "electra", "smaller", **options))
