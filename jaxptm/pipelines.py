@@ -60,7 +60,7 @@ class FillMask:
         return results[0] if len(texts) == 1 else results
 
     def _fill(self, texts: list[str], top_k: int, chosen: np.ndarray | None) -> list[Any]:
-        tokenizer, limit = self.model.tokenizer, self.model.config.max_position_embeddings
+        tokenizer, limit = self.model.tokenizer, self.model.config.max_length
         encoded = tokenizer(texts)["input_ids"]
         masks = [[at for at, token in enumerate(ids) if token == tokenizer.mask_token_id] for ids in encoded]
         for text, ids, positions in zip(texts, encoded, masks, strict=True):

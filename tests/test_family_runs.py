@@ -74,7 +74,7 @@ def run_of(home: Path, kind: str, out: str, **changes: Any) -> TrainConfig:
     fields = {key: dict(value) if isinstance(value, dict) else value for key, value in RUNS[kind].items()}
     if "data" in fields:
         fields["data"]["files"] = str(home / "corpus.txt")
-    return config_of(home, f"{kind}_{out}", **fields, **changes)
+    return config_of(home, f"{kind}_{out}", **{**fields, **changes})
 
 
 @pytest.fixture(scope="module", params=RUNS)

@@ -180,7 +180,8 @@ def test_parameter_counts_of_the_presets(preset: str, count: int) -> None:
 
 
 def test_every_preset_is_counted() -> None:
-    assert sorted(PRESETS) == ["bert-base", "bert-large", "bert-medium", "bert-mini", "bert-small", "bert-tiny"]
+    presets = ["bert-base", "bert-large", "bert-medium", "bert-mini", "bert-small", "bert-tiny"]
+    assert sorted(FAMILIES["bert"].presets) == presets
     assert FAMILIES["bert"].presets["bert-base"] == BertConfig()
 
 
@@ -238,7 +239,7 @@ def test_the_table_names_each_parameter_of_both_sides_once(task: str | None, tie
 
 
 def test_every_task_has_an_architecture() -> None:
-    assert set(FAMILY.architectures) == {None, *TASKS}
+    assert set(FAMILY.architectures) == {None, *TASKS} - {"replaced-token", "causal-lm"}
     assert dict(FAMILY.architectures) == oracle.CLASSES
 
 

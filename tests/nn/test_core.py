@@ -45,7 +45,8 @@ def hidden_input(seed: int = 0) -> Any:
 
 def forward(config: TransformerConfig, execution: Execution, params: Params, x: Any, mask: Any, **options: Any) -> Any:
     module = Transformer(config, execution)
-    return module.apply({"params": params}, x, mask, **{"train": False, "output_hidden_states": True, **options})
+    out = module.apply({"params": params}, x, mask, **{"train": False, "output_hidden_states": True, **options})
+    return out[:2]
 
 
 def random_params(config: TransformerConfig) -> Params:
@@ -241,10 +242,10 @@ def test_dropout_preserves_the_mean() -> None:
     keys = jax.random.split(key(0), 4000)
 
     def attend(key: Any) -> Any:
-        return Attention(config, Execution(), True).apply({"params": params}, x, None, rngs={"dropout": key})
+        return Attention(config, Execution(), True).apply({"params": params}, x, None, rngs={"dropout": key})[0]
 
     samples = np.asarray(jax.jit(jax.vmap(attend))(keys))
-    expected = Attention(config, Execution(), False).apply({"params": params}, x, None)
+    expected, _ = Attention(config, Execution(), False).apply({"params": params}, x, None)
     deviation = samples.std(axis=0) / len(samples) ** 0.5
     assert (deviation > 0).all()
     assert (np.abs(samples.mean(axis=0) - expected) < 5 * deviation).all()
@@ -278,7 +279,7 @@ def test_types_of_parameters_and_of_activations() -> None:
     execution = Execution(dtype=jnp.bfloat16, param_dtype=jnp.float16)
     module = Transformer(CONFIG, execution)
     x = hidden_input().astype(jnp.bfloat16)
-    (out, states), variables = jax.eval_shape(
+    (out, states, _), variables = jax.eval_shape(
         lambda: module.init_with_output(jax.random.key(0), x, None, train=False, output_hidden_states=True)
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float16)}
