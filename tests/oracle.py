@@ -5,6 +5,7 @@ Fresh weights are blind: norms start at one and biases at zero, so that swapped 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,51 @@ import numpy as np
 import torch
 import transformers
 
-CLASSES = {
-    None: "BertModel",
-    "masked-lm": "BertForMaskedLM",
-    "pretraining": "BertForPreTraining",
-    "next-sentence": "BertForNextSentencePrediction",
-    "sequence-classification": "BertForSequenceClassification",
-    "token-classification": "BertForTokenClassification",
-    "multiple-choice": "BertForMultipleChoice",
-    "question-answering": "BertForQuestionAnswering",
+TUNED = {
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
 }
+ENCODER = {None: "Model", "masked-lm": "ForMaskedLM", "multiple-choice": "ForMultipleChoice", **TUNED}
+NAMES: dict[str, tuple[str, dict[str | None, str]]] = {
+    "bert": ("Bert", {**ENCODER, "pretraining": "ForPreTraining", "next-sentence": "ForNextSentencePrediction"}),
+    "roberta": ("Roberta", ENCODER),
+    "xlm-roberta": ("XLMRoberta", ENCODER),
+    "electra": ("Electra", {**ENCODER, "replaced-token": "ForPreTraining"}),
+    "gpt2": ("GPT2", {None: "Model", "causal-lm": "LMHeadModel", **TUNED}),
+    "albert": ("Albert", {**ENCODER, "pretraining": "ForPreTraining"}),
+    "distilbert": ("DistilBert", ENCODER),
+}
+CLASSES = {
+    family: {task: f"{prefix}{suffix}" for task, suffix in heads.items()} for family, (prefix, heads) in NAMES.items()
+}
+"""What transformers calls the model of each family and task."""
+KEYS = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "hidden_act": "activation_function",
+        "hidden_dropout_prob": "resid_pdrop",
+        "embedding_dropout_prob": "embd_pdrop",
+        "attention_probs_dropout_prob": "attn_pdrop",
+        "layer_norm_eps": "layer_norm_epsilon",
+    },
+    "distilbert": {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "classifier_dropout": "seq_classif_dropout",
+    },
+    "albert": {"classifier_dropout": "classifier_dropout_prob"},
+}
+"""BERT's key of config.json -> the family's, where they differ."""
 SIZES = {
     "vocab_size": 67,
     "hidden_size": 32,
@@ -33,25 +69,37 @@ SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 32,
 }
+USUAL: dict[str, dict[str, Any]] = {
+    "electra": {"embedding_size": 20},
+    "albert": {"embedding_size": 20},
+    "gpt2": {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+}
+"""What a small model of the family has beside these sizes."""
 
 
-def bert(task: str | None = None, *, seed: int = 0, noise: float = 0.15, **config: Any) -> Any:
-    """A torch BERT in evaluation mode; `config` are fields of its config.json."""
-    torch.manual_seed(seed)
+def model(task: str | None = None, family: str = "bert", *, seed: int = 0, noise: float = 0.15, **config: Any) -> Any:
+    """A torch model in evaluation mode; `config` are fields of its config.json, called as BERT calls them."""
+    kind = getattr(transformers, CLASSES[family][task])
     pooler = {} if config.pop("pooler", True) else {"add_pooling_layer": False}
-    config = {**SIZES, "attn_implementation": "eager", **config}
-    model = getattr(transformers, CLASSES[task])(transformers.BertConfig(**config), **pooler).eval()
+    torch.manual_seed(seed)
+    model = kind(kind.config_class(**theirs(family, config), attn_implementation="eager"), **pooler).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
     return model
 
 
-def saved(directory: Path, task: str | None = None, **config: Any) -> Any:
+def theirs(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of config.json of a small model: `config` over `SIZES`, as the family calls them."""
+    fields = {**SIZES, **USUAL.get(family, {}), **config}
+    return {KEYS.get(family, {}).get(name, name): value for name, value in fields.items()}
+
+
+def saved(directory: Path, task: str | None = None, family: str = "bert", **config: Any) -> Any:
     """The same, saved in `directory`."""
-    model = bert(task, **config)
-    model.save_pretrained(directory)
-    return model
+    made = model(task, family, **config)
+    made.save_pretrained(directory)
+    return made
 
 
 def inputs(
@@ -63,12 +111,10 @@ def inputs(
     mask = np.ones((rows, length), np.int64)
     mask[1, length // 2 :] = 0
     mask[2] = 0
-    return {
-        "input_ids": rng.integers(0, config.vocab_size, shape),
-        "attention_mask": mask.reshape(shape),
-        "token_type_ids": rng.integers(0, config.type_vocab_size, shape),
-        "position_ids": rng.integers(0, config.max_position_embeddings, shape),
-    }
+    arrays = {"input_ids": rng.integers(0, config.vocab_size, shape), "attention_mask": mask.reshape(shape)}
+    if getattr(config, "type_vocab_size", 0):
+        arrays["token_type_ids"] = rng.integers(0, config.type_vocab_size, shape)
+    return arrays | {"position_ids": rng.integers(0, config.max_position_embeddings, shape)}
 
 
 def outputs(model: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -78,6 +124,7 @@ def outputs(model: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         name: tuple(part.numpy() for part in value) if isinstance(value, tuple) else value.numpy()
         for name, value in out.items()
+        if name not in ("cache", "past_key_values")
     }
 
 
@@ -127,3 +174,29 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
 def names(model: Any) -> dict[str, np.ndarray]:
     """Its state dict as numpy arrays."""
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def reopened(directory: Path, task: str | None, family: str = "bert") -> Any:
+    """The torch model of a directory that jaxptm wrote; it fits without a word."""
+    model, report = getattr(transformers, CLASSES[family][task]).from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    return model
+
+
+def assert_equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """The same names, types and values to the bit."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def product_flops(operations: list[Any]) -> int:
+    """Floating point operations of the matrix products among these (see `equations`), two a multiply-add."""
+    counted = 0
+    for operation in operations:
+        if operation.primitive.name == "dot_general":
+            (contracted, _), _ = operation.params["dimension_numbers"]
+            inner = math.prod(operation.invars[0].aval.shape[axis] for axis in contracted)
+            counted += 2 * inner * math.prod(operation.outvars[0].aval.shape)
+    return counted

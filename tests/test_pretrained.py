@@ -30,7 +30,7 @@ from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextModel
 from jaxptm.pretrained import Model, Outputs, check_vocabulary, from_pretrained, model_config
 
-HEADS = [task for task in oracle.CLASSES if task is not None]
+HEADS = [task for task in oracle.CLASSES["bert"] if task is not None]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", "."]
 
 
@@ -61,24 +61,10 @@ def copy(pretraining: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pretraining, tmp_path / "model")
 
 
-def reopened(directory: Path, task: str | None) -> Any:
-    """The torch model of a directory that jaxptm wrote; it fits without a word."""
-    model, report = getattr(transformers, oracle.CLASSES[task]).from_pretrained(directory, output_loading_info=True)
-    assert not any(report.values()), report
-    return model
-
-
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name].dtype == value.dtype, name
-        np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
 # Exact both ways
@@ -87,7 +73,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("task", "config"),
     [
-        *((task, {}) for task in oracle.CLASSES),
+        *((task, {}) for task in oracle.CLASSES["bert"]),
         ("masked-lm", {"tie_word_embeddings": False}),
         ("pretraining", {"tie_word_embeddings": False}),
         ("sequence-classification", {"num_labels": 1}),
@@ -102,9 +88,9 @@ def test_import_and_export_are_bit_exact(task: str | None, config: dict[str, Any
     model.save_pretrained(tmp_path / "ours")
     written = load_file(tmp_path / "ours" / "model.safetensors")
     # Every name of the state dict, tied tensors and a dead bias among them.
-    assert_equal(written, oracle.names(theirs))
+    oracle.assert_equal(written, oracle.names(theirs))
     if config.get("pooler", True):  # transformers reports the pooler that such a checkpoint cannot have
-        assert_equal(oracle.names(reopened(tmp_path / "ours", task)), oracle.names(theirs))
+        oracle.assert_equal(oracle.names(oracle.reopened(tmp_path / "ours", task)), oracle.names(theirs))
     again = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
     assert again.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict()
 
@@ -119,8 +105,8 @@ def test_export_and_import_are_bit_exact(task: str | None, scan: bool, tmp_path:
     Model(family, config, task, module, stacked(params) if scan else params).save_pretrained(tmp_path)
     again = from_pretrained(tmp_path, "auto")
     assert (again.task, again.config) == (task, config)
-    assert_equal(flatten(again.params), flatten(params))
-    reopened(tmp_path, task)
+    oracle.assert_equal(flatten(again.params), flatten(params))
+    oracle.reopened(tmp_path, task)
 
 
 def test_dead_parameters_come_back_as_they_were(tmp_path: Path) -> None:
@@ -134,17 +120,17 @@ def test_dead_parameters_come_back_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_float_types_are_read_exactly_and_can_be_kept(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = oracle.bert("masked-lm").to(dtype)
+    model = oracle.model("masked-lm").to(dtype)
     model.save_pretrained(tmp_path / "theirs")
     expected = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     from_pretrained(tmp_path / "theirs", "masked-lm").save_pretrained(tmp_path / "ours")
-    assert_equal(load_file(tmp_path / "ours" / "model.safetensors"), expected)
-    assert reopened(tmp_path / "ours", "masked-lm").dtype == torch.float32
+    oracle.assert_equal(load_file(tmp_path / "ours" / "model.safetensors"), expected)
+    assert oracle.reopened(tmp_path / "ours", "masked-lm").dtype == torch.float32
     if dtype == torch.bfloat16:
         kept = from_pretrained(tmp_path / "theirs", "masked-lm", param_dtype="bfloat16")
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(kept.params)} == {"bfloat16"}
         kept.save_pretrained(tmp_path / "kept")
-        again = reopened(tmp_path / "kept", "masked-lm")
+        again = oracle.reopened(tmp_path / "kept", "masked-lm")
         assert again.dtype == torch.bfloat16
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -166,7 +152,7 @@ def test_config_json_keeps_what_jaxptm_does_not_read(copy: Path, tmp_path: Path)
     assert after["architectures"] == ["BertForSequenceClassification"]
     # What old versions wrote beside `dtype` and `id2label` would contradict them once the model has changed.
     assert set(before) - set(after) == {"torch_dtype", "num_labels"}
-    assert reopened(tmp_path / "ours", "sequence-classification").config.id2label[1] == "glad"
+    assert oracle.reopened(tmp_path / "ours", "sequence-classification").config.id2label[1] == "glad"
 
 
 @pytest.mark.parametrize(("before", "after"), [(5, 2), (5, 3), (2, 5)])
@@ -177,13 +163,13 @@ def test_another_number_of_labels_replaces_their_names(before: int, after: int, 
         lambda config: config.update(id2label=names, label2id={v: int(k) for k, v in names.items()}),
     )
     from_pretrained(copy, "token-classification", num_labels=after).save_pretrained(tmp_path / "ours")
-    assert reopened(tmp_path / "ours", "token-classification").config.num_labels == after
+    assert oracle.reopened(tmp_path / "ours", "token-classification").config.num_labels == after
 
 
 def test_a_head_of_two_does_not_inherit_five_labels(copy: Path, tmp_path: Path) -> None:
     edit(copy / "config.json", lambda config: config.update(id2label={str(index): str(index) for index in range(5)}))
     from_pretrained(copy, "question-answering").save_pretrained(tmp_path / "ours")
-    reopened(tmp_path / "ours", "question-answering")
+    oracle.reopened(tmp_path / "ours", "question-answering")
 
 
 def test_tokenizer_files_travel_along(copy: Path, tmp_path: Path) -> None:
@@ -207,11 +193,11 @@ def test_tokenizer_files_travel_along(copy: Path, tmp_path: Path) -> None:
 # Other heads, other formats
 
 
-@pytest.mark.parametrize("task", oracle.CLASSES)
+@pytest.mark.parametrize("task", oracle.CLASSES["bert"])
 def test_a_pretraining_checkpoint_opens_as_every_task(
     task: str | None, pretraining: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = oracle.names(oracle.bert("pretraining"))
+    state = oracle.names(oracle.model("pretraining"))
     ours = flatten(from_pretrained(pretraining, task).params)
     np.testing.assert_array_equal(
         ours["encoder/layer_1/mlp/up/kernel"].T, state["bert.encoder.layer.1.intermediate.dense.weight"]
@@ -241,14 +227,14 @@ def test_a_bare_encoder_opens_with_a_new_head(
     new = {path for path in ours if path.startswith(f"{absent}/")}
     assert set(ours) - set(encoder) == new
     assert new
-    assert_equal(
+    oracle.assert_equal(
         {path: ours[path] for path in ours if path not in new},
         {path: encoder[path] for path in ours if path not in new},
     )
     kernel = f"{absent}/dense/kernel"
     assert 0.01 < ours[kernel].std() < 0.03
     model.save_pretrained(tmp_path)
-    reopened(tmp_path, task)
+    oracle.reopened(tmp_path, task)
 
 
 def test_a_new_head_depends_on_the_seed(bare: Path) -> None:
@@ -276,7 +262,7 @@ def test_names_of_old_versions(copy: Path) -> None:
     assert "bert.encoder.layer.0.output.LayerNorm.gamma" in tensors
     tensors["bert.embeddings.position_ids"] = np.arange(32)[None]
     save_file(tensors, copy / "model.safetensors")
-    assert_equal(flatten(from_pretrained(copy, "pretraining").params), expected)
+    oracle.assert_equal(flatten(from_pretrained(copy, "pretraining").params), expected)
 
 
 def test_tied_tensors_may_be_present_or_absent(copy: Path) -> None:
@@ -285,27 +271,27 @@ def test_tied_tensors_may_be_present_or_absent(copy: Path) -> None:
     tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
     save_file(tensors, copy / "model.safetensors")
-    assert_equal(flatten(from_pretrained(copy, "masked-lm").params), expected)
+    oracle.assert_equal(flatten(from_pretrained(copy, "masked-lm").params), expected)
     tensors = {name: tensor for name, tensor in tensors.items() if ".decoder." not in name}
     save_file(tensors, copy / "model.safetensors")
-    assert_equal(flatten(from_pretrained(copy, "masked-lm").params), expected)
+    oracle.assert_equal(flatten(from_pretrained(copy, "masked-lm").params), expected)
 
 
 def test_a_torch_file_is_read_without_running_it(copy: Path) -> None:
     expected = flatten(from_pretrained(copy, "pretraining").params)
     (copy / "model.safetensors").unlink()
-    torch.save(oracle.bert("pretraining").state_dict(), copy / "pytorch_model.bin")
-    assert_equal(flatten(from_pretrained(copy, "pretraining").params), expected)
+    torch.save(oracle.model("pretraining").state_dict(), copy / "pytorch_model.bin")
+    oracle.assert_equal(flatten(from_pretrained(copy, "pretraining").params), expected)
 
 
 def test_shards_of_transformers_open(tmp_path: Path) -> None:
-    model = oracle.bert("pretraining")
+    model = oracle.model("pretraining")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     ours = from_pretrained(tmp_path, "auto")
     assert ours.task == "pretraining"
     ours.save_pretrained(tmp_path / "ours")
-    assert_equal(load_file(tmp_path / "ours" / "model.safetensors"), oracle.names(model))
+    oracle.assert_equal(load_file(tmp_path / "ours" / "model.safetensors"), oracle.names(model))
 
 
 def test_transformers_opens_our_shards(pretraining: Path, tmp_path: Path) -> None:
@@ -314,26 +300,37 @@ def test_transformers_opens_our_shards(pretraining: Path, tmp_path: Path) -> Non
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    expected = oracle.names(oracle.bert("pretraining"))
-    assert_equal(oracle.names(reopened(tmp_path, "pretraining")), expected)
-    assert_equal(flatten(from_pretrained(tmp_path, "pretraining").params), flatten(model.params))
+    expected = oracle.names(oracle.model("pretraining"))
+    oracle.assert_equal(oracle.names(oracle.reopened(tmp_path, "pretraining")), expected)
+    oracle.assert_equal(flatten(from_pretrained(tmp_path, "pretraining").params), flatten(model.params))
     # Saved again in one file, nothing of the shards stays to contradict it.
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]
-    assert_equal(oracle.names(reopened(tmp_path, "pretraining")), expected)
+    oracle.assert_equal(oracle.names(oracle.reopened(tmp_path, "pretraining")), expected)
 
 
 @pytest.mark.parametrize(
-    ("task", "config"), [("pretraining", {}), (None, {"pooler": False}), ("masked-lm", {"tie_word_embeddings": False})]
+    ("family", "task", "config"),
+    [
+        ("bert", "pretraining", {}),
+        ("bert", None, {"pooler": False}),
+        ("bert", "masked-lm", {"tie_word_embeddings": False}),
+        # Heads with names of their own, a qkv in one tensor, a layer that all share.
+        ("roberta", "sequence-classification", {"num_labels": 5}),
+        ("electra", "replaced-token", {}),
+        ("gpt2", "causal-lm", {"tie_word_embeddings": False}),
+        ("albert", "pretraining", {}),
+        ("distilbert", "sequence-classification", {}),
+    ],
 )
-def test_orbax_both_ways(task: str | None, config: dict[str, Any], tmp_path: Path) -> None:
-    oracle.saved(tmp_path / "hf", task, **config)
+def test_orbax_both_ways(family: str, task: str | None, config: dict[str, Any], tmp_path: Path) -> None:
+    oracle.saved(tmp_path / "hf", task, family, **config)
     model = from_pretrained(tmp_path / "hf", task)
     model.save_orbax(tmp_path / "orbax")
     assert not list((tmp_path / "orbax").glob("*.safetensors"))
     again = from_pretrained(tmp_path / "orbax", "auto")
     assert (again.task, again.config) == (model.task, model.config)
-    assert_equal(flatten(again.params), flatten(model.params))
+    oracle.assert_equal(flatten(again.params), flatten(model.params))
 
 
 def test_an_orbax_checkpoint_opens_as_other_tasks(
@@ -343,7 +340,7 @@ def test_an_orbax_checkpoint_opens_as_other_tasks(
     model.save_orbax(tmp_path)
     for task in (None, "masked-lm"):
         ours = flatten(from_pretrained(tmp_path, task).params)
-        assert_equal(ours, {path: leaf for path, leaf in flatten(model.params).items() if path in ours})
+        oracle.assert_equal(ours, {path: leaf for path, leaf in flatten(model.params).items() if path in ours})
     assert not caplog.messages
     from_pretrained(tmp_path, "token-classification", num_labels=3)
     assert caplog.messages == [f"{tmp_path} has no classifier: initialised at random, to be trained."]
@@ -387,7 +384,7 @@ def test_one_directory_holds_one_model(pretraining: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("task", [None, "masked-lm", "next-sentence"])
 def test_auto_takes_the_declared_task(task: str | None, copy: Path) -> None:
-    edit(copy / "config.json", lambda config: config.update(architectures=["Unknown", oracle.CLASSES[task]]))
+    edit(copy / "config.json", lambda config: config.update(architectures=["Unknown", oracle.CLASSES["bert"][task]]))
     assert from_pretrained(copy, "auto").task == task
 
 
@@ -558,6 +555,14 @@ def test_presets_take_the_vocabulary_of_the_tokenizer() -> None:
     assert config == BertConfig(
         vocab_size=1234, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
     )
+
+
+def test_presets_take_the_padding_of_the_tokenizer_unless_told_otherwise() -> None:
+    assert model_config("roberta-tiny", 1234)[1].pad_token_id == 1
+    assert model_config("roberta-tiny", 1234, 0)[1].pad_token_id == 0
+    assert model_config({"preset": "roberta-tiny", "pad_token_id": 5}, 1234, 0)[1].pad_token_id == 5
+    assert model_config("gpt2-tiny", 1234)[1].pad_token_id is None
+    assert model_config({"family": "gpt2", "hidden_size": 96}, 1234)[1].intermediate_size == 384
 
 
 def test_fields_override_a_preset() -> None:

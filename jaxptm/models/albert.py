@@ -26,6 +26,7 @@ class AlbertConfig(TextConfig):
     classifier_dropout: Share = 0.1
 
     shared_layer: ClassVar[bool] = True
+    embedding_projection: ClassVar[Literal["never", "between widths", "always"]] = "always"
     sentence_order: ClassVar[bool] = True
 
     def head_dropout(self, task: str) -> float:

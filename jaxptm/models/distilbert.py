@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from jaxptm.config import Positive, Share
 from jaxptm.hf.table import Table, dense, norm
@@ -18,6 +20,8 @@ class DistilBertConfig(TextConfig):
     pooler: Literal[False] = False
     type_vocab_size: Literal[0] = 0
     num_hidden_layers: Positive = 6
+    # Its config.json has no key for another epsilon, and transformers computes with this one.
+    layer_norm_eps: Annotated[float, Field(ge=1e-12, le=1e-12)] = 1e-12
     classifier_dropout: Share = 0.2
     qa_dropout: Share = 0.1
 
@@ -83,7 +87,6 @@ FAMILY = Family(
     table=table,
     prefix="distilbert.",
     bare=("embeddings.", "transformer."),
-    # Its norms have BERT's epsilon, which its config.json has no key for; another one is not for this family.
     fixed={"layer_norm_eps": 1e-12},
     renamed={
         "hidden_size": "dim",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from jaxptm.config import Positive, validate
+from jaxptm.config import Positive, Share, validate
 from jaxptm.hf.table import Table, dense
 from jaxptm.models.family import Family
 from jaxptm.models.rows import bert_embeddings, bert_layers, labels, mlm_head
@@ -25,14 +25,21 @@ class ElectraConfig(TextConfig):
     num_attention_heads: Positive = 4
     intermediate_size: Positive = 1024
     embedding_size: Positive = 128
+    summary_last_dropout: Share = 0.1
+    """Dropout under the classifier of multiple-choice."""
     generator_size: Multiple = 0.25
     """Width of the generator, its feed-forward layers and its number of heads, as a share of the discriminator's."""
     generator_layers: Multiple = 1.0
     """Depth of the generator as a share of the discriminator's."""
 
+    embedding_projection: ClassVar[Literal["never", "between widths", "always"]] = "between widths"
     pooler_activation: ClassVar[str] = "gelu"
     pooler_dropout: ClassVar[bool] = True
     mlm_activation: ClassVar[str | None] = "gelu"
+
+    def head_dropout(self, task: str) -> float:
+        """Dropout under the classifier of `task`."""
+        return self.summary_last_dropout if task == "multiple-choice" else super().head_dropout(task)
 
     def generator(self) -> ElectraConfig:
         """The generator's sizes (google-research/electra, run_pretraining.py `get_generator_config`).

@@ -28,6 +28,10 @@ class RobertaConfig(TextConfig):
         """A plain normal (fairseq, transformer_sentence_encoder.py `init_bert_params`)."""
         return nn.initializers.normal(self.initializer_range)
 
+    def head_dropout(self, task: str) -> float:
+        """Dropout under the classifier of `task`; multiple-choice has no rate of its own."""
+        return self.hidden_dropout_prob if task == "multiple-choice" else super().head_dropout(task)
+
 
 def _size(layers: int, width: int, vocab_size: int = 50265) -> RobertaConfig:
     return RobertaConfig(

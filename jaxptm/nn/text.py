@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxptm.config import Positive, Share
 from jaxptm.nn.core import Cache, Execution, Transformer, TransformerConfig, dense, layer_norm, visible_keys
@@ -51,6 +51,8 @@ class TextConfig(TransformerConfig):
     causal: ClassVar[bool] = False
     """A token attends to those before it; a row is classified by its last token."""
     embedding_norm: ClassVar[bool] = True
+    embedding_projection: ClassVar[Literal["never", "between widths", "always"]] = "never"
+    """Whether the embeddings are projected to `hidden_size`; `never`: they have this width."""
     counts_tokens: ClassVar[bool] = False
     """Positions count the tokens that are not padding, from `pad_token_id + 1` on (RoBERTa)."""
     pooler_activation: ClassVar[str] = "tanh"
@@ -61,9 +63,22 @@ class TextConfig(TransformerConfig):
     sentence_order: ClassVar[bool] = False
     """`pretraining` asks whether two segments stand in their order (ALBERT), and not whether B follows A."""
 
+    @model_validator(mode="after")
+    def _check_widths(self) -> TextConfig:
+        if self.embedding_projection == "never" and self.embedding_width != self.hidden_size:
+            raise ValueError(
+                f"`embedding_size` {self.embedding_size} is not `hidden_size` {self.hidden_size}, "
+                "and this family has no projection between the two"
+            )
+        return self
+
     @property
     def embedding_width(self) -> int:
         return self.embedding_size or self.hidden_size
+
+    @property
+    def projects_embeddings(self) -> bool:
+        return self.embedding_projection == "always" or self.embedding_width != self.hidden_size
 
     @property
     def pair_logits(self) -> str:
@@ -128,9 +143,10 @@ class TextEmbeddings(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "B L E"]:
-        x = self.token(input_ids) + self.position(position_ids)
+        x = self.token(input_ids)
         if self.config.type_vocab_size:
             x += self.token_type(token_type_ids)
+        x += self.position(position_ids)
         x = self.norm(x) if self.config.embedding_norm else x.astype(self.execution.dtype)
         return self.dropout(x, deterministic=not train)
 
@@ -186,7 +202,7 @@ class TextModel(nn.Module):
             default_positions(config, input_ids) if position_ids is None else position_ids,
             train=train,
         )
-        if config.embedding_width != config.hidden_size:
+        if config.projects_embeddings:
             x = dense(config, execution, config.hidden_size, "embeddings_project")(x)
         causal = None
         if config.causal:
@@ -293,7 +309,7 @@ def forward_flops(config: TextConfig, task: str | None, rows: int, length: int, 
     """
     width, inner, embedded = config.hidden_size, config.intermediate_size, config.embedding_width
     token = config.num_hidden_layers * (4 * width**2 + 2 * width * inner + 2 * length * width)
-    if embedded != width:
+    if config.projects_embeddings:
         token += embedded * width
     if task == "replaced-token":
         token += width**2 + width

@@ -33,7 +33,7 @@ ODD: dict[str, dict[str, Any]] = {
     "no pooler": {"pooler": False},
 }
 CASES = [
-    *((task, {}) for task in oracle.CLASSES),
+    *((task, {}) for task in oracle.CLASSES["bert"]),
     *((task, ODD["other sizes"]) for task in (None, "pretraining")),
     *((task, ODD["three types"]) for task in ("masked-lm", "sequence-classification", "token-classification")),
     *((task, ODD["one type"]) for task in ("sequence-classification", "token-classification", "question-answering")),
@@ -124,10 +124,11 @@ def test_gradients_of_the_masked_lm_loss_agree_with_torch(tmp_path: Path) -> Non
     for row in table.rows:
         expected = row.operation.load(parameters[row.theirs].grad.numpy())
         scale = max(np.abs(part).max() for part in expected)
-        # A key's bias shifts all scores of a query alike: its true gradient is zero.
-        floor = 1e-3 if row.theirs.endswith("key.bias") else 0.0
+        if row.theirs.endswith("key.bias"):
+            # It shifts all scores of a query alike: its gradient is zero, but for the rounding of its kernel's terms.
+            scale = parameters[row.theirs.replace("bias", "weight")].grad.abs().max().item()
         for path, part in zip(row.paths, expected, strict=True):
-            assert np.abs(gradients[path] - part).max() <= 1e-4 * max(scale, floor), path
+            assert np.abs(gradients[path] - part).max() <= 1e-4 * scale, path
 
 
 def test_a_real_checkpoint_agrees_with_torch() -> None:
@@ -222,7 +223,7 @@ def test_parameter_paths() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("task", oracle.CLASSES)
+@pytest.mark.parametrize("task", oracle.CLASSES["bert"])
 def test_the_table_names_each_parameter_of_both_sides_once(task: str | None, tied: bool) -> None:
     config = BertConfig(**oracle.SIZES, tie_word_embeddings=tied, pooler=task is None)
     table = FAMILY.table(config, task)
@@ -232,7 +233,7 @@ def test_the_table_names_each_parameter_of_both_sides_once(task: str | None, tie
     theirs = {row.theirs for row in table.rows}
     assert len(theirs) == len(table.rows)
     prefix = "bert." if task is None else ""
-    state = {f"{prefix}{name}" for name in oracle.bert(task, tie_word_embeddings=tied).state_dict()}
+    state = {f"{prefix}{name}" for name in oracle.model(task, tie_word_embeddings=tied).state_dict()}
     assert table.names == state
     assert not theirs & (set(table.tied) | set(table.dead))
     assert (set(table.tied.values()) | set(table.dead.values())) <= theirs
@@ -240,7 +241,7 @@ def test_the_table_names_each_parameter_of_both_sides_once(task: str | None, tie
 
 def test_every_task_has_an_architecture() -> None:
     assert set(FAMILY.architectures) == {None, *TASKS} - {"replaced-token", "causal-lm"}
-    assert dict(FAMILY.architectures) == oracle.CLASSES
+    assert dict(FAMILY.architectures) == oracle.CLASSES["bert"]
 
 
 def test_config_json_both_ways() -> None:

@@ -203,6 +203,10 @@ def test_visible_keys_by_hand() -> None:
     np.testing.assert_array_equal(visible_keys(None, segments), np.array([[same]], bool))
     both = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]]
     np.testing.assert_array_equal(visible_keys(mask, segments), np.array([[both]], bool))
+    past = jnp.tri(4, dtype=bool)
+    np.testing.assert_array_equal(visible_keys(None, None, past), np.tri(4, dtype=bool)[None, None])
+    all_three = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]]
+    np.testing.assert_array_equal(visible_keys(mask, segments, past), np.array([[all_three]], bool))
 
 
 def test_dropout_differs_by_key_and_is_off_in_evaluation() -> None:

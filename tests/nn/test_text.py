@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -12,9 +11,10 @@ import oracle
 import pytest
 
 from jaxptm.models.bert import BertConfig
-from jaxptm.models.params import abstract_params
+from jaxptm.models.gpt2 import Gpt2Config
+from jaxptm.models.params import abstract_params, stacked
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TASKS, TextEmbeddings, TextModel, forward_flops
+from jaxptm.nn.text import TASKS, TextEmbeddings, TextModel, empty_caches, forward_flops
 from jaxptm.types import Params
 
 CONFIG = BertConfig(**oracle.SIZES, hidden_dropout_prob=0.25)
@@ -171,12 +171,7 @@ def test_operations_are_counted(task: str) -> None:
     def forward(params: Params) -> Any:
         return module.apply({"params": params}, batch, mlm_positions=positions)
 
-    counted = 0
-    for operation in oracle.equations(forward, abstract_params(module)):
-        if operation.primitive.name == "dot_general":
-            (contracted, _), _ = operation.params["dimension_numbers"]
-            inner = math.prod(operation.invars[0].aval.shape[axis] for axis in contracted)
-            counted += 2 * inner * math.prod(operation.outvars[0].aval.shape)
+    counted = oracle.product_flops(oracle.equations(forward, abstract_params(module)))
     # The two columns of a classifier are too few to count.
     classifier = {"masked-lm": 0, "pretraining": rows, "token-classification": rows * length}[task]
     counted -= 2 * classifier * CONFIG.hidden_size * 2
@@ -186,3 +181,93 @@ def test_operations_are_counted(task: str) -> None:
 def test_tasks_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match=f"task 'translation' is not one of {', '.join(TASKS)}"):
         abstract_params(TextModel(CONFIG, "translation"))
+
+
+# Causal models
+
+CAUSAL = Gpt2Config(**oracle.SIZES)
+
+
+@pytest.fixture(scope="module")
+def causal() -> Params:
+    return oracle.random_params(abstract_params(TextModel(CAUSAL, "causal-lm")))
+
+
+def decode(params: Params, input_ids: Any, dtype: Any = jnp.float32, **options: Any) -> Any:
+    return TextModel(CAUSAL, "causal-lm", Execution(dtype)).apply({"params": params}, input_ids, **options)
+
+
+def in_pieces(params: Params, pieces: list[int], room: int, dtype: Any, mask: Any, positions: Any) -> Any:
+    """Logits [B, L, V], hidden states and the caches after a row that is fed piece by piece."""
+    caches = empty_caches(CAUSAL, Execution(dtype), ROWS, room)
+    parts, at = [], 0
+    for size in pieces:
+        options = {"position_ids": positions[:, at : at + size], "attention_mask": mask, "output_hidden_states": True}
+        out = decode(params, ids()[:, at : at + size], dtype, caches=caches, **options)
+        caches = out.pop("caches")
+        parts.append(out)
+        at += size
+        assert {int(cache.start) for cache in caches} == {at}
+    assert at == LENGTH
+    return jax.tree.map(lambda *piece: np.concatenate([np.asarray(x, np.float32) for x in piece], 1), *parts), caches
+
+
+def test_a_later_token_changes_nothing_before_it(causal: Params) -> None:
+    row = ids()
+    before = decode(causal, row, output_hidden_states=True)
+    for at in (1, 7, LENGTH - 1):
+        changed = row.at[:, at].set((row[:, at] + 1) % VOCABULARY)
+        after = decode(causal, changed, output_hidden_states=True)
+        for one, other in zip(*((out["logits"], *out["hidden_states"][1:]) for out in (before, after)), strict=True):
+            np.testing.assert_array_equal(one[:, :at], other[:, :at])
+            assert (one[:, at:] != other[:, at:]).any(axis=-1).all()
+
+
+def test_a_packed_row_of_a_causal_model_equals_its_documents_alone(causal: Params) -> None:
+    first, second = ids(), ids(seed=1)
+    positions = jnp.broadcast_to(jnp.tile(jnp.arange(LENGTH), 2), (ROWS, 2 * LENGTH))
+    segments = jnp.asarray([[1] * LENGTH + [2] * LENGTH] * ROWS)
+    row = jnp.concatenate([first, second], axis=1)
+    packed = decode(causal, row, segment_ids=segments, position_ids=positions)["logits"]
+    np.testing.assert_allclose(packed[:, :LENGTH], decode(causal, first)["logits"], atol=2e-5)
+    np.testing.assert_allclose(packed[:, LENGTH:], decode(causal, second)["logits"], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "room"), [([LENGTH], LENGTH), ([4, 1, 4, 4], LENGTH + 7), ([9, 1, 1, 1, 1], LENGTH + 7)], ids=str
+)
+def test_a_row_in_pieces_equals_the_row_at_once(pieces: list[int], room: int, causal: Params) -> None:
+    mask = np.ones((ROWS, LENGTH), np.int32)
+    mask[1, :6], mask[2, :10] = 0, 0  # prompts are padded on the left
+    positions = jnp.asarray(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
+    options = {"position_ids": positions, "output_hidden_states": True}
+    whole = decode(causal, ids(), attention_mask=jnp.asarray(mask), **options)
+    wide = jnp.asarray(np.pad(mask, ((0, 0), (0, room - LENGTH)), constant_values=1))
+    found, caches = in_pieces(causal, pieces, room, jnp.float32, wide, positions)
+    scale = np.std(whole["logits"])
+    np.testing.assert_allclose(found["logits"][mask == 1] / scale, whole["logits"][mask == 1] / scale, atol=1e-5)
+    for one, other in zip(found["hidden_states"], whole["hidden_states"], strict=True):
+        np.testing.assert_allclose(one[mask == 1], np.asarray(other)[mask == 1], atol=2e-5)
+    for cache in caches:
+        assert cache.key.shape == cache.value.shape == (ROWS, room, 4, 8)
+        assert not cache.key[:, LENGTH:].any() and not cache.value[:, LENGTH:].any()
+        assert cache.key[:, :LENGTH].any(axis=-1).all()
+
+
+def test_a_row_in_pieces_stays_near_in_bfloat16(causal: Params) -> None:
+    mask, positions = jnp.ones((ROWS, LENGTH), jnp.int32), jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
+    exact = np.asarray(decode(causal, ids())["logits"])
+    at_once = np.asarray(decode(causal, ids(), jnp.bfloat16)["logits"])
+    found, caches = in_pieces(causal, [9, 1, 1, 1, 1], LENGTH, jnp.bfloat16, mask, positions)
+    assert {cache.key.dtype for cache in caches} == {jnp.dtype(jnp.bfloat16)}
+    error = np.sqrt(np.mean((at_once - exact) ** 2))
+    assert 1e-4 < error < 0.05 * exact.std()
+    assert np.sqrt(np.mean((found["logits"] - exact) ** 2)) < 2 * error
+
+
+def test_scanned_layers_take_no_caches(causal: Params) -> None:
+    scanned = Execution(scan=True)
+    module = TextModel(CAUSAL, "causal-lm", scanned)
+    caches = empty_caches(CAUSAL, scanned, ROWS, LENGTH)
+    with pytest.raises(ValueError, match="a scanned module takes no caches; use one with scan=False"):
+        module.apply({"params": stacked(causal)}, ids(), caches=caches)

@@ -109,7 +109,7 @@ def test_without_borders_the_loss_is_transformers_own() -> None:
 
 
 def test_sentence_order_of_albert_is_judged_as_transformers_does() -> None:
-    theirs, module, params = pair_of("albert", "pretraining", embedding_size=24)
+    theirs, module, params = pair_of("albert", "pretraining", embedding_size=24, classifier_dropout=0.0)
     # Where every token is special, none is masked, and the loss is that of the pairs.
     tables = VocabularyTables(np.ones(97, bool), np.zeros(97, bool))
     objective = masked_language_model(MaskedLmConfig(name="pretraining"), module, tables, 4, 24)
