@@ -150,7 +150,7 @@ def test_layouts_change_nothing(home: Path, kind: str) -> None:
 OTHER: dict[str, dict[str, Any]] = {
     name: {"name": name} for name in ("masked-lm", "replaced-token", "causal-lm", "clm")
 }
-WIDE = {"model__generator_size": 0.9, "model__hidden_size": 160}
+WIDE = {"model__generator_size": 0.9, "model__hidden_size": 192, "model__num_attention_heads": 3}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ WIDE = {"model__generator_size": 0.9, "model__hidden_size": 160}
             "a roberta does not learn 'replaced-token'; it learns masked",
         ),
         ("electra", {"objective": OTHER["causal-lm"]}, "a electra does not learn 'causal-lm'"),
-        ("electra", WIDE, "model.generator_size: 0.9 of the width 160 is 144, which 2 heads"),
+        ("electra", WIDE, "model.generator_size: 0.9 of the width 192 is 173, which 2 heads"),
         ("roberta", {"model__pad_token_id": 0}, "model.pad_token_id: is 0, but data.tokenizer train has 1; this model"),
         ("roberta", {"data__sequence_length": 33}, "33 is more than the 32 tokens that the model has positions for"),
         ("gpt2", {"objective": OTHER["clm"]}, "objective: `name` should be 'masked-lm' or 'pretraining'"),

@@ -44,7 +44,7 @@ class ElectraConfig(TextConfig):
     def generator(self) -> ElectraConfig:
         """The generator's sizes (google-research/electra, run_pretraining.py `get_generator_config`).
 
-        Its embeddings are the discriminator's, so their width stays.
+        Its embeddings are the discriminator's, so their width stays, and so does that of a head (64 in the reference).
 
         Raises:
             JaxptmError: the heads do not divide the width.
@@ -53,8 +53,8 @@ class ElectraConfig(TextConfig):
         sizes: dict[str, Any] = {
             "hidden_size": width,
             "num_hidden_layers": round(self.num_hidden_layers * self.generator_layers),
-            "num_attention_heads": max(1, width // 64),
-            "intermediate_size": 4 * width,
+            "num_attention_heads": max(1, width // (self.hidden_size // self.num_attention_heads)),
+            "intermediate_size": round(self.intermediate_size * self.generator_size),
             "embedding_size": self.embedding_width,
             "generator_size": 1.0,
             "generator_layers": 1.0,
