@@ -233,6 +233,7 @@ def convert(
         str, typer.Option(help="hf: config.json and safetensors; orbax: parameters as an Orbax checkpoint.")
     ] = "hf",
     step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; default the newest.")] = None,
+    part: Annotated[str, typer.Option(help="Of an ELECTRA run: model (the discriminator) or generator.")] = "model",
 ) -> None:
     """Convert weights between Hugging Face directories, Orbax, and the checkpoints of a run."""
     from jaxptm.pretrained import from_pretrained
@@ -242,9 +243,10 @@ def convert(
     if to not in ("hf", "orbax"):
         raise JaxptmError(f"--to {to}: write hf or orbax.")
     is_run = is_remote(source) or (Path(source) / "checkpoints").is_dir()
-    if step is not None and not is_run:
-        raise JaxptmError(f"--step is for run directories; {source} holds no checkpoints/.")
-    model = restore_model(source, step) if is_run else from_pretrained(source, "auto")
+    for name, given in (("step", step is not None), ("part", part != "model")):
+        if given and not is_run:
+            raise JaxptmError(f"--{name} is for run directories; {source} holds no checkpoints/.")
+    model = restore_model(source, step, part) if is_run else from_pretrained(source, "auto")
     (model.save_pretrained if to == "hf" else model.save_orbax)(target)
     print(f"{target}: {model.family.architectures[model.task]}, {to}")
 

@@ -33,6 +33,11 @@ def evaluate(path: str | Path, config: TrainConfig) -> dict[str, Any]:
         JaxptmError: the config holds nothing out, or the model does not fit it.
     """
     models = open_models(path, config.objective, dtype=config.train.dtype)
+    if len({model.source for model in models.values()}) < len(models):
+        raise JaxptmError(
+            f"{path}: is one model, and {config.objective.name} is measured with {' and '.join(models)} of a run; give "
+            "the run's directory."
+        )
     run = open_run(config, {name: model.module for name, model in models.items()})
     if run.held_out is None:
         raise JaxptmError("nothing is held out: set data.eval_files or data.eval_fraction.")

@@ -16,6 +16,8 @@ from jaxptm.parallel import shardings
 from jaxptm.run import Run, open_models
 from jaxptm.types import Array, JaxptmError, Params, TrainState
 
+SHAPELESS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+"""Fields of a config that weights were trained with and whose change no shape shows."""
 Rearrange = Callable[[TrainState], TrainState]
 
 
@@ -75,6 +77,12 @@ def _loaded_params(run: Run, source: str) -> Params:
         f"{path} {theirs.get(path)} there, {ours.get(path)} here"
         for path in ours | theirs
         if ours.get(path) != theirs.get(path)
+    ]
+    wrong += [
+        f"{name}: {field} {getattr(model.config, field)} there, {getattr(objective.modules[name].config, field)} here"
+        for name, model in models.items()
+        for field in SHAPELESS
+        if getattr(model.config, field) != getattr(objective.modules[name].config, field)
     ]
     if wrong:
         raise JaxptmError(

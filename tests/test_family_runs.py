@@ -234,3 +234,10 @@ def test_two_models_may_begin_as_one_masked_lm(home: Path) -> None:
         assert all(np.allclose(ours[key], start[key], atol=1e-7) for key in shared)
     with pytest.raises(JaxptmError, match=r"weight\(s\) do not fit the model|init_from: .* does not fit `model`"):
         train(run_of(home, "electra", "smaller", **options))
+    # Four heads cut the same kernels otherwise than two: no shape shows it.
+    with pytest.raises(JaxptmError, match="generator: num_attention_heads 2 there, 4 here"):
+        train(run_of(home, "electra", "heads", model__num_attention_heads=4, **options, **whole))
+    with pytest.raises(
+        JaxptmError, match=r"is one model, and replaced-token is measured with model and generator of a"
+    ):
+        evaluate(Path(first.out) / "model", second)
