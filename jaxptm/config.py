@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from jaxptm.errors import JaxptmError
 
+IGNORED = -100
+"""Label of a token that is not asked for, as in PyTorch and transformers."""
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -70,6 +72,50 @@ class TextData(Config):
                 "`separate_documents` is for `format: packed` or `stream`; pairs hold one document or two on purpose"
             )
         return self
+
+
+class LabelledData(Config):
+    """What all data with labels has."""
+
+    tokenizer: str | None = None
+    """A directory, a `vocab.txt` or a hub name; default that of the model."""
+    lowercase: bool = True
+    """Whether a tokenizer read from a bare `vocab.txt` folds case and strips accents."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of a row at most; longer texts are cut (question-answering: read in several windows)."""
+
+
+class GlueData(LabelledData):
+    """A task of GLUE (Wang et al. 2018)."""
+
+    task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
+    path: str | None = None
+    """Directory of the original TSV files, of all tasks or of this one; default `nyu-mll/glue` on the hub."""
+    eval_split: Literal["dev", "test"] = "dev"
+    """What is evaluated; `test` has no labels, its predictions are written and not scored."""
+    labels: list[str] | None = None
+    """Names of the labels, in the order of the head; default those of the model, or else that of the task."""
+
+
+class SquadData(LabelledData):
+    """Questions on paragraphs, in the JSON of SQuAD (Rajpurkar et al. 2016, 2018)."""
+
+    train_file: str
+    eval_file: str | None = None
+    version_2: bool = False
+    """Whether questions may have no answer."""
+    max_length: Annotated[int, Field(ge=16)] = 384
+    stride: Annotated[int, Field(ge=0)] = 128
+    """Tokens of the context that a window shares with the one before it, as in run_qa.py of transformers; the
+    doc_stride of google-research/bert is what it does not share."""
+    max_question_length: Positive = 64
+    """Tokens of a question; what is longer is cut."""
+    max_answer_length: Positive = 30
+    """Tokens of an answer."""
+    n_best: Positive = 20
+    """Candidates written for each question."""
+    null_threshold: float = 0.0
+    """An answer is given where the score of none, less that of the best, is at most this (`version_2`)."""
 
 
 class MaskedLmConfig(Config):

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Int
-
-if TYPE_CHECKING:
-    from jaxptm.data.text import TextSource
 
 THREADS = 2
 AHEAD = 8
 """Batches that are read ahead."""
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """Rows by index, without end: what a run reads."""
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+
+    def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The rows of these indices, all of one step, as a batch."""
+
+    def token_share(self) -> float:
+        """Share of the positions of an epoch that hold tokens, not padding."""
+
+
 class _Steps:
     """Step -> batch, for Grain: it knows no epoch and keeps no place."""
 
-    def __init__(self, source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: np.ndarray):
+    def __init__(self, source: Rows, batch_size: int, start_step: int, steps: int, rows: np.ndarray):
         self._source = source
         self._batch_size = batch_size
         self._start_step = start_step
@@ -36,7 +47,7 @@ class _Steps:
 
 
 def batches(
-    source: TextSource[Any], batch_size: int, start_step: int, steps: int, rows: Int[np.ndarray, " R"] | None = None
+    source: Rows, batch_size: int, start_step: int, steps: int, rows: Int[np.ndarray, " R"] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps `start_step` up to `start_step + steps`; rows of earlier steps are never touched.
 
@@ -52,7 +63,7 @@ def batches(
 
 
 def one_pass(
-    source: TextSource[Any], batch_size: int, limit: int | None = None, rows: Int[np.ndarray, " R"] | None = None
+    source: Rows, batch_size: int, limit: int | None = None, rows: Int[np.ndarray, " R"] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Each row of epoch 0 once, in at most `limit` batches; the last one is filled up with rows of zeros.
 
