@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxptm.config import load_config
+from jaxptm.config import TextData, load_config
 from jaxptm.data.corpus import Corpus
 from jaxptm.run import prepared_directory
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     config = load_config(parser.parse_args().run / "config.yaml")
+    assert isinstance(config.data, TextData)
     train, held_out = Corpus.open(prepared_directory(config)).split(config.data.eval_fraction)
     known, asked = counts(train) + 1, counts(held_out)
     nats = float(-(asked * np.log(known / known.sum())).sum() / asked.sum())

@@ -42,15 +42,18 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and besides them the one with the lowest evaluation loss.
+    """The checkpoints of one run: the newest `keep`, and besides them the best one by a figure of its evaluation.
 
     One directory a step holds two items: `state` (step, parameters, optimizer state) and `meta` (small JSON).
 
     Only saving changes what is on disk, so a run can be read while it trains.
     """
 
-    def __init__(self, directory: str | Path | Any, keep: int) -> None:
+    def __init__(self, directory: str | Path | Any, keep: int, metric: str = "loss") -> None:
         """Opens `directory` (an `epath.Path` for one in a bucket), made when absent; `keep` >= 1.
+
+        Args:
+            metric: the figure that names the best one (see `is_better`).
 
         Raises:
             JaxptmError: the directory cannot be made or reached.
@@ -58,7 +61,8 @@ class Checkpoints:
         self._remote = is_remote(str(directory))
         self.directory: Path | Any = epath.Path(directory) if self._remote else Path(directory).absolute()
         self._keep = keep
-        self._losses: dict[int, float] = {}
+        self._metric = metric
+        self._figures: dict[int, float] = {}
         self._damaged: list[int] = []
         self._cleared = False
         self._saving: int | None = None
@@ -68,7 +72,7 @@ class Checkpoints:
         with self._usable():
             self._manager = self._open()
         for step in self._manager.all_steps():
-            self._note_loss(step)
+            self._note_figure(step)
 
     @property
     def latest_step(self) -> int | None:
@@ -77,9 +81,13 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest evaluation loss, or None when none was evaluated."""
-        steps = [step for step in self._manager.all_steps() if step in self._losses]
-        return min(steps, key=self._losses.__getitem__, default=None)
+        """The step with the best evaluation, the first of equals, or None when none was evaluated."""
+        best = None
+        for step in self._manager.all_steps():
+            than = None if best is None else self._figures[best]
+            if step in self._figures and is_better(self._metric, self._figures[step], than):
+                best = step
+        return best
 
     def save(self, state: TrainState, metrics: Mapping[str, SupportsFloat] | None, meta: Mapping[str, Any]) -> None:
         """Begins to save `state` under its own step and returns once it may be donated or overwritten.
@@ -88,7 +96,7 @@ class Checkpoints:
 
         Args:
             state: arrays of any sharding.
-            metrics: of an evaluation at this step, or None; `metrics["loss"]` decides which checkpoint is best.
+            metrics: of an evaluation at this step, or None; the run's figure among them says which checkpoint is best.
             meta: small JSON that `restore` hands back.
 
         Raises:
@@ -103,8 +111,8 @@ class Checkpoints:
             # Orbax reads the buffers themselves in the background; on other backends it has copied them to the host.
             state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         evaluation = {name: float(value) for name, value in (metrics or {}).items()}
-        if math.isfinite(evaluation.get("loss", math.nan)):
-            self._losses[step] = evaluation["loss"]
+        if math.isfinite(evaluation.get(self._metric, math.nan)):
+            self._figures[step] = evaluation[self._metric]
         self._saving = step
         with self._reported():
             record = {"meta": dict(meta), "metrics": evaluation}
@@ -227,14 +235,14 @@ class Checkpoints:
             )
         return None
 
-    def _note_loss(self, step: int) -> None:
+    def _note_figure(self, step: int) -> None:
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-            loss = float(meta["metrics"]["loss"])
+            figure = float(meta["metrics"][self._metric])
         except Exception:  # damaged, or never evaluated: it is no candidate for the best
             return
-        if math.isfinite(loss):
-            self._losses[step] = loss
+        if math.isfinite(figure):
+            self._figures[step] = figure
 
     def _set_aside(self) -> None:
         """Makes way for saving: damaged steps are renamed, and what killed runs left half-written is deleted."""
@@ -276,7 +284,7 @@ class Checkpoints:
             ) from error
 
     def _recover(self, step: int | None) -> None:
-        self._losses.pop(step, None)  # type: ignore[arg-type]
+        self._figures.pop(step, None)  # type: ignore[arg-type]
         with suppress(Exception):  # a bucket out of reach; the error that brought us here is the one to tell
             if is_main():
                 for path in self._unfinished():
@@ -290,6 +298,13 @@ class Checkpoints:
         if self._remote:
             return [path for path in found if path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path)]
         return [path for path in found if _TEMPORARY in path.name]
+
+
+def is_better(metric: str, value: float, than: float | None) -> bool:
+    """Whether an evaluation is better than another: lower, of losses, errors and perplexities; larger, of all else."""
+    if than is None or not math.isfinite(than):
+        return math.isfinite(value)
+    return value < than if metric.endswith(("loss", "error", "entropy", "perplexity")) else value > than
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):

@@ -106,7 +106,7 @@ def train(
         ),
     ] = 300,
 ) -> None:
-    """Pre-train as CONFIG says. Resumes by itself when the run directory holds a checkpoint.
+    """Pre-train or fine-tune as CONFIG says. Resumes by itself when the run directory holds a checkpoint.
 
     On several hosts, start the same command on each. On Cloud TPU, under srun and under mpirun the processes find each
     other; elsewhere tell them by --coordinator, --processes and --process.
@@ -135,12 +135,17 @@ def evaluate(
     run_or_model: Annotated[str, typer.Argument(help="A run directory, a model directory or a hub name.")],
     config: ConfigFile,
     overrides: Overrides = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of GLUE and SQuAD: write what their official scorers read.")
+    ] = None,
 ) -> None:
     """Measure a model on the held-out data of CONFIG."""
     from jaxptm.config import load_config
     from jaxptm.evaluation import evaluate
 
-    _print_values(evaluate(run_or_model, load_config(config, overrides or ())))
+    _print_values(evaluate(run_or_model, load_config(config, overrides or ()), predictions))
+    if predictions is not None:
+        print(f"written: {predictions}", file=sys.stderr)
 
 
 @app.command()
@@ -205,13 +210,14 @@ def prepare(
     workers: Annotated[int | None, typer.Option(help="Parallel workers; default one a core.")] = None,
 ) -> None:
     """Turn the corpus of CONFIG into token shards. An interrupted run goes on where it stopped."""
-    from jaxptm.config import load_config
+    from jaxptm.config import TextData, load_config
     from jaxptm.data.prepare import prepare
     from jaxptm.metrics import progress_lines
     from jaxptm.run import prepared_directory
 
     loaded = load_config(config, overrides or ())
     directory = prepared_directory(loaded)
+    assert isinstance(loaded.data, TextData)
     report = progress_lines(lambda line: print(line, file=sys.stderr))
     manifest = prepare(loaded.data, directory, host, hosts, workers, report)
     if manifest is None:
@@ -278,7 +284,7 @@ def doctor() -> None:
 
 
 def _print_values(values: dict[str, float]) -> None:
-    width = max(map(len, values))
+    width = max(map(len, values), default=0)
     for name, value in values.items():
         print(f"{name:{width}}  {value:.6g}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from jaxptm.errors import JaxptmError
 
@@ -118,6 +118,56 @@ class SquadData(LabelledData):
     """An answer is given where the score of none, less that of the best, is at most this (`version_2`)."""
 
 
+class TableData(LabelledData):
+    """Your own examples: CSV, TSV, JSONL or Parquet with named columns, a Hugging Face dataset, or CoNLL columns."""
+
+    train_file: str
+    eval_file: str | None = None
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of `train_file` that is held out where there is no `eval_file`."""
+    text_columns: str | list[str]
+    """One column, or two for pairs; of tokens, for token-classification (of a CoNLL file the number of the column)."""
+    choice_columns: str | list[str] | None = None
+    """multiple-choice: a column for each ending of the text, or one that lists them."""
+    label_column: str | list[str]
+    """Several labels an example: one column that lists them, or a column of 0 and 1 for each."""
+    labels: list[str] | None = None
+    """Names of the labels, in the order of the head; default those of the model, or else what `train_file` holds."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text_columns] if isinstance(self.text_columns, str) else self.text_columns
+
+    @model_validator(mode="after")
+    def _check(self) -> TableData:
+        if not 1 <= len(self.texts) <= 2:
+            raise ValueError(f"`text_columns` names {len(self.texts)} columns; a row has one text or two")
+        if self.eval_file is not None and self.eval_fraction > 0:
+            raise ValueError("give `eval_file` or `eval_fraction`, not both")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("`labels` names one label twice")
+        return self
+
+
+def _data_kind(data: Any) -> str:
+    """Which kind of data some fields describe, by the keys that only it has."""
+    keys = set(data) if isinstance(data, dict) else set(getattr(type(data), "model_fields", ()))
+    if keys & {"task", "path"}:
+        return "glue"
+    if keys & {"text_columns", "choice_columns", "label_column"}:
+        return "table"
+    return "squad" if keys & {"train_file", "eval_file"} and "files" not in keys else "text"
+
+
+Data = Annotated[
+    Annotated[TextData, Tag("text")]
+    | Annotated[GlueData, Tag("glue")]
+    | Annotated[SquadData, Tag("squad")]
+    | Annotated[TableData, Tag("table")],
+    Discriminator(_data_kind),
+]
+
+
 class MaskedLmConfig(Config):
     """`masked-lm`; or `pretraining`, with next sentences (BERT section 3.1) or the order of sentences (ALBERT 3.1)."""
 
@@ -160,7 +210,68 @@ class CausalLmConfig(Config):
         return sequence_length
 
 
-ObjectiveConfig = Annotated[MaskedLmConfig | ReplacedTokenConfig | CausalLmConfig, Field(discriminator="name")]
+ClassWeights = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] | Literal["balanced"]
+
+
+class FineTuningConfig(Config):
+    """What all objectives over labelled data have."""
+
+    name: str
+    new_head: bool = False
+    """Begin with a fresh head, whatever the weights that are loaded have; for a head of other labels."""
+
+    def slots(self, sequence_length: int) -> int:
+        """Tokens of a row that a language-model head runs on: there is none."""
+        return 0
+
+
+class SequenceClassificationConfig(FineTuningConfig):
+    """`sequence-classification`: a label, several, or a number for each text or pair of texts."""
+
+    name: Literal["sequence-classification"]
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    """As in transformers; default what the GLUE task is, or else one label."""
+    class_weights: ClassWeights | None = None
+    """Weight of the examples of each label in the loss (several labels: of those that have it); `balanced`: inversely
+    to how often each occurs, as in scikit-learn."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SequenceClassificationConfig:
+        if self.class_weights is not None and self.problem_type == "regression":
+            raise ValueError("`class_weights` needs labels, and `problem_type: regression` has none")
+        return self
+
+
+class TokenClassificationConfig(FineTuningConfig):
+    """`token-classification`: a label for each word."""
+
+    name: Literal["token-classification"]
+    class_weights: ClassWeights | None = None
+    """Weight of the words of each label in the loss; `balanced` as in scikit-learn."""
+
+
+class MultipleChoiceConfig(FineTuningConfig):
+    """`multiple-choice`: which of several endings belongs to a text."""
+
+    name: Literal["multiple-choice"]
+
+
+class QuestionAnsweringConfig(FineTuningConfig):
+    """`question-answering`: which stretch of a context answers a question, if any."""
+
+    name: Literal["question-answering"]
+
+
+ObjectiveConfig = Annotated[
+    MaskedLmConfig
+    | ReplacedTokenConfig
+    | CausalLmConfig
+    | SequenceClassificationConfig
+    | TokenClassificationConfig
+    | MultipleChoiceConfig
+    | QuestionAnsweringConfig,
+    Field(discriminator="name"),
+]
 """What the model learns, by `name`."""
 
 
@@ -182,6 +293,8 @@ class OptimizerConfig(Config):
     """Factor of the learning rate from a layer to the one below (ELECTRA's fine-tuning: 0.8); heads keep all of it."""
     layer_decay_form: Literal["paper", "code"] = "paper"
     """`code`: as google-research/electra computes it, with one factor more below the heads than the paper says."""
+    frozen: list[str] = []
+    """Parts that stay as they are, by the beginning of their paths: `embeddings`, `encoder/layer_0`, `encoder`."""
 
 
 class LoopConfig(Config):
@@ -195,12 +308,19 @@ class LoopConfig(Config):
     """Microbatches a step; the result does not depend on it."""
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Positive = 10
-    eval_every: Positive = 1000
-    eval_batches: Positive | None = 50
-    """Batches an evaluation reads; null reads all held-out text."""
-    checkpoint_every: Positive = 1000
+    eval_every: Positive | Literal["epoch"] = 1000
+    """Steps; there is an evaluation at the end in any case."""
+    eval_batches: Positive | None = None
+    """Batches an evaluation reads; null reads all that is held out."""
+    checkpoint_every: Positive | Literal["epoch"] = 1000
     keep: Positive = 2
-    """How many of the newest checkpoints stay; the one with the lowest evaluation loss stays besides."""
+    """How many of the newest checkpoints stay; the best one stays besides."""
+    metric: str = "loss"
+    """The figure of an evaluation that makes a checkpoint the best: the largest, of a loss the lowest."""
+    patience: Positive | None = None
+    """Stop early, after so many evaluations in a row without a better `metric`."""
+    export: Literal["last", "best"] = "last"
+    """Which parameters become `model/`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; norms, softmax and losses stay in float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -239,27 +359,60 @@ class ParallelConfig(Config):
         return self
 
 
+DATA_OF: dict[str, tuple[type[Config], ...]] = {
+    "sequence-classification": (GlueData, TableData),
+    "token-classification": (TableData,),
+    "multiple-choice": (TableData,),
+    "question-answering": (SquadData,),
+}
+"""What fine-tuning reads; all other objectives read `TextData`."""
+DATA_KEYS: dict[type[Config], str] = {
+    TextData: "text (`data.files`)",
+    GlueData: "a task of GLUE (`data.task`)",
+    SquadData: "questions (`data.train_file`, and no columns)",
+    TableData: "a table (`data.train_file`, `data.text_columns`, `data.label_column`)",
+}
+
+
 class TrainConfig(Config):
     """A whole training run."""
 
     model: str | dict[str, Any]
     """A preset (`bert-base`), a directory or hub name whose config is taken, or `{preset: ..., field: value}`."""
     objective: ObjectiveConfig
-    data: TextData
+    data: Data
     optimizer: OptimizerConfig
     train: LoopConfig
     parallel: ParallelConfig = ParallelConfig()
     init_from: str | None = None
-    """Weights to start from: a Hugging Face directory or hub name, or `model/` of a run."""
+    """Weights to start from: a Hugging Face directory or hub name, or `model/` of a run. Fine-tuning begins with those
+    of `model` where this is absent and `model` names some; null is for random ones."""
     out: str
     """The run directory; it may be one in a bucket, `gs://bucket/runs/name`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_weights(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("init_from") is not None:
+            return {"model": fields["init_from"], **fields}
+        return fields
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.objective.name == "pretraining" and self.data.format != "pairs":
-            raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")
-        if self.objective.name == "causal-lm" and self.data.format == "pairs":
-            raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` (or packed)")
+        name, data = self.objective.name, self.data
+        wanted = DATA_OF.get(name, (TextData,))
+        if not isinstance(data, wanted):
+            raise ValueError(
+                f"`objective.name: {name}` does not go with these keys of `data`: it reads "
+                f"{' or '.join(DATA_KEYS[kind] for kind in wanted)}"
+            )
+        if isinstance(data, TextData):
+            if name == "pretraining" and data.format != "pairs":
+                raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")
+            if name == "causal-lm" and data.format == "pairs":
+                raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` or packed")
+        if isinstance(data, TableData) and (data.choice_columns is not None) != (name == "multiple-choice"):
+            raise ValueError("`data.choice_columns` is needed with `objective.name: multiple-choice`, and only there")
         return self
 
 
@@ -338,9 +491,9 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    # pydantic puts the branches of unions into the location, of `objective` its name; they are no keys of the file.
-    if location[:1] == ("objective",):
-        location = ("objective", *location[2:])
+    # pydantic puts the branches of unions into the location, here their names; they are no keys of the file.
+    if location[:1] in (("objective",), ("data",)):
+        location = (location[0], *location[2:])
     keys = [str(part) for part in location if not re.search(r"[\[\]]|^(int|float|str|constrained-.*)$", str(part))]
     return ".".join(keys) or "(top level)"
 

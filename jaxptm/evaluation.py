@@ -2,70 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxptm.config import TrainConfig
-from jaxptm.data.batching import one_pass
-from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.data.batching import Rows, one_pass
+from jaxptm.data.examples import LengthBuckets
+from jaxptm.hosts import is_main
 from jaxptm.parallel import check_tensor, compile_evaluate, host_rows, make_mesh, put_batch, shardings
 from jaxptm.run import Run, open_models, open_run
 from jaxptm.step import make_evaluate
+from jaxptm.tasks import Outputs, resolve
 from jaxptm.types import JaxptmError, Params
 
 EVALUATION = 2
 """Stream of the seed that draws the masks of an evaluation; training uses 0 (parameters) and 1 (steps)."""
 
 
-def evaluate(path: str | Path, config: TrainConfig) -> dict[str, Any]:
+def evaluate(path: str | Path, config: TrainConfig, predictions: str | Path | None = None) -> dict[str, Any]:
     """Measures a model on the held-out data of `config`.
 
     Args:
         path: a run directory or its URL (its `model/` is taken, and for ELECTRA its `generator/`), a Hugging Face
             directory or a hub name.
         config: says the data, the objective and the masks (`train.seed`).
+        predictions: a directory to write what the model says to, in the files that the task's official scorer reads.
 
     Raises:
         JaxptmError: the config holds nothing out, or the model does not fit it.
     """
-    models = open_models(path, config.objective, dtype=config.train.dtype)
+    config = resolve(config, str(path))
+    models = open_models(path, config, dtype=config.train.dtype)
     if len({model.source for model in models.values()}) < len(models):
         raise JaxptmError(
             f"{path}: is one model, and {config.objective.name} is measured with {' and '.join(models)} of a run; give "
             "the run's directory."
         )
-    run = open_run(config, {name: model.module for name, model in models.items()})
-    if run.held_out is None:
-        raise JaxptmError("nothing is held out: set data.eval_files or data.eval_fraction.")
-    for model in models.values():
-        if model.tokenizer.get_vocab() != load_tokenizer(run.tokenizer_directory).get_vocab():
-            raise JaxptmError(f"{model.source} has another vocabulary than data.tokenizer {config.data.tokenizer}.")
+    run = open_run(config, models)
+    if not run.held_out:
+        raise JaxptmError("nothing is held out: set data.eval_files, data.eval_file or data.eval_fraction.")
+    if predictions is None and not any(part.labelled for part in run.held_out.values()):
+        raise JaxptmError(
+            "data.eval_split: the test set of GLUE has no labels to measure with; ask for its predictions "
+            "(--predictions DIR), or evaluate the split dev."
+        )
     mesh = make_mesh(config.parallel, config.train)
     for module in run.objective.modules.values():
         check_tensor(mesh, module.config)
     params = run.objective.join({name: model.params for name, model in models.items()})
-    return make_evaluator(run, mesh)(jax.device_put(params, shardings(params, mesh)))
+    params = jax.device_put(params, shardings(params, mesh))
+    return Evaluator(run, mesh)(params, None if predictions is None else Path(predictions))
 
 
-def make_evaluator(run: Run, mesh: jax.sharding.Mesh) -> Callable[[Params], dict[str, float]]:
-    """A function of the parameters: `loss` and every term and score over the held-out examples, none lost."""
-    assert run.held_out is not None
-    loop, source = run.config.train, run.held_out
-    rows = host_rows(mesh, loop.batch_size)
-    key = jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)
-    step = compile_evaluate(make_evaluate(run.objective, key, loop.accumulate), mesh)
+class Evaluator:
+    """Figures over the held-out rows of a run, none lost, and what the model says of them."""
 
-    def evaluator(params: Params) -> dict[str, float]:
-        means = None
-        for index, batch in enumerate(one_pass(source, loop.batch_size, loop.eval_batches, rows)):
-            part = step(params, put_batch(mesh, batch, loop.batch_size), jnp.int32(index))
+    def __init__(self, run: Run, mesh: jax.sharding.Mesh) -> None:
+        """Nothing is compiled before the first call."""
+        self._run, self._mesh = run, mesh
+        loop = run.config.train
+        self._local_rows = host_rows(mesh, loop.batch_size)
+        key = jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)
+        self._step = compile_evaluate(make_evaluate(run.objective, key, loop.accumulate), mesh)
+
+    def __call__(self, params: Params, predictions: Path | None = None) -> dict[str, float]:
+        """`loss` and every term and score, by name; those of further held-out sets as `<set>/<name>`.
+
+        Args:
+            predictions: a directory that process 0 writes what the model says to.
+        """
+        figures: dict[str, float] = {}
+        for name, part in self._run.held_out.items():
+            if not part.labelled and (predictions is None or part.write is None):
+                continue
+            values, outputs = self._read(params, part.rows)
+            if predictions is not None and part.write is not None and is_main():
+                predictions.mkdir(parents=True, exist_ok=True)
+                part.write(outputs, predictions)
+            if not part.labelled:
+                continue
+            if part.score is not None:
+                values = {"loss": values["loss"]} | part.score(outputs)
+            figures |= {f"{name}/{figure}" if name else figure: value for figure, value in values.items()}
+        return figures
+
+    def _read(self, params: Params, source: Rows) -> tuple[dict[str, float], Outputs]:
+        loop, objective = self._run.config.train, self._run.objective
+        means, said = None, []
+        for index, batch in enumerate(one_pass(source, loop.batch_size, loop.eval_batches, self._local_rows)):
+            put = put_batch(self._mesh, batch, loop.batch_size)
+            *part, outputs = self._step(params, put, jnp.int32(index))
             means = part if means is None else jax.tree.map(jnp.add, means, part)
+            said.append(jax.device_get(outputs))
+        if means is None:
+            raise JaxptmError("the held-out data has no rows.")
         terms, scores = jax.device_get(means)
         values = {name: float(mean.value) for name, mean in {**terms, **scores}.items()}
-        return {"loss": float(run.objective.total(terms))} | values | run.objective.summary(values)
-
-    return evaluator
+        figures = {"loss": float(objective.total(terms))} | values | objective.summary(values)
+        if not isinstance(source, LengthBuckets):
+            return figures, {}
+        # Back from the order of the buckets to that of the file.
+        places = source.plan(0).examples.reshape(-1)
+        order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0) :]
+        by_slot = {name: [row for batch in said for row in batch[name]] for name in said[0]}
+        return figures, {name: [rows[slot] for slot in order] for name, rows in by_slot.items()}

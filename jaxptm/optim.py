@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 
 from jaxptm.config import OptimizerConfig
 from jaxptm.types import Array, JaxptmError, Params
 
+LAYERS, LAYER = "encoder/layers/", "encoder/layer_"
+"""In a path: layers stacked for a scan, and one layer."""
 DECAYED = {"kernel": True, "embedding": True, "bias": False, "scale": False}
 """Whether weight decay touches a leaf, by its name: matrices and tables shrink, biases and norm scales do not."""
 
@@ -24,7 +28,8 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
     - `lamb`: You et al. 2020, algorithm 2. Leaves without decay also go without the trust ratio, as in the reference
       implementations (google-research/albert `lamb_optimizer.py`, NVIDIA apex `FusedLAMB`).
 
-    With `layer_decay` the learning rate of each leaf, decay included, is multiplied by `layer_factors`.
+    With `layer_decay` the learning rate of each leaf, decay included, is multiplied by `layer_factors`. What is
+    `frozen` stays as it is; its gradient has to be 0 (see `stop_frozen`), or it would count for the clipping.
 
     Args:
         config: what to build.
@@ -32,9 +37,10 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
         params: the parameters, or their shapes; only the paths are read.
 
     Raises:
-        JaxptmError: a leaf of unknown name, or a warmup that does not fit the run.
+        JaxptmError: a leaf of unknown name, a warmup that does not fit the run, or a frozen part that is not there.
     """
     decayed = _decay_mask(params)
+    _check_frozen(params, config.frozen)
     learning_rate = schedule(config, steps)
     parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
     if config.name == "bert_adam":
@@ -45,7 +51,9 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
     if config.name == "lamb":
         parts += [optax.masked(_scale_by_trust_ratio(), decayed)]
     if config.layer_decay < 1:
-        parts += [_scale_by_depth(config.layer_decay, config.layer_decay_form)]
+        parts += [_scaled(lambda params: layer_factors(params, config.layer_decay, config.layer_decay_form))]
+    if config.frozen:
+        parts += [_scaled(lambda params: _by_leaf(params, lambda path: float(not _is_frozen(path, config.frozen))))]
     return _in_float32(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
 
 
@@ -162,26 +170,72 @@ def layer_factors(params: Params, decay: float, form: Literal["paper", "code"]) 
     if "layers" in encoder:
         depth = jax.tree.leaves(encoder["layers"])[0].shape[0]
 
-    def factor(path: Any, leaf: Any) -> Any:
-        names = [part.key for part in path]
-        match names[0]:
-            case "embeddings" | "embeddings_project":
+    def factor(path: str) -> float:
+        match path.split("/"):
+            case ["embeddings" | "embeddings_project", *_]:
                 return decay ** (depth + 1 + extra)
-            case "encoder" if names[1] == "layers":
-                powers = decay ** (depth - np.arange(depth) + extra)
-                return powers.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
-            case "encoder" if names[1].startswith("layer_"):
-                return decay ** (depth - int(names[1].removeprefix("layer_")) + extra)
+            case ["encoder", name, *_] if name.startswith("layer_"):
+                return decay ** (depth - int(name.removeprefix("layer_")) + extra)
         return 1.0  # heads, and a norm behind the top layer
 
-    return jax.tree_util.tree_map_with_path(factor, params)
+    return _by_leaf(params, factor)
 
 
-def _scale_by_depth(decay: float, form: Literal["paper", "code"]) -> optax.GradientTransformation:
+def stop_frozen(params: Params, frozen: Sequence[str]) -> Params:
+    """The same parameters; those whose paths begin with one of `frozen` get no gradient.
+
+    XLA then computes none for what lies below the lowest part that learns.
+    """
+    if not frozen:
+        return params
+
+    def stop(leaf: Array, factor: Any) -> Array:
+        if np.ndim(factor) == 0 or np.all(factor == factor.flat[0]):
+            return jax.lax.stop_gradient(leaf) if np.all(factor == 1) else leaf
+        return jnp.where(jnp.broadcast_to(factor == 1, leaf.shape), jax.lax.stop_gradient(leaf), leaf)
+
+    return jax.tree.map(stop, params, _by_leaf(params, lambda path: float(_is_frozen(path, frozen))))
+
+
+def _is_frozen(path: str, frozen: Sequence[str]) -> bool:
+    return any(path == part or path.startswith(f"{part}/") for part in frozen)
+
+
+def _check_frozen(params: Params, frozen: Sequence[str]) -> None:
+    flat = flatten_dict(params, sep="/")
+    paths: set[str] = set()
+    for path, leaf in flat.items():
+        depth = leaf.shape[0] if LAYERS in path else 1
+        paths |= {path.replace(LAYERS, f"{LAYER}{i}/") for i in range(depth)}
+    for part in frozen:
+        if not any(_is_frozen(path, [part]) for path in paths):
+            parts = sorted({path.split("/")[0] for path in paths})
+            raise JaxptmError(
+                f"optimizer.frozen: no parameter's path begins with {part!r}; the parts are {', '.join(parts)}, and "
+                "encoder/layer_0 and so on."
+            )
+    if all(_is_frozen(path, frozen) for path in paths):
+        raise JaxptmError("optimizer.frozen: names all parameters, so that nothing would learn; leave a part out.")
+
+
+def _by_leaf(params: Params, value: Callable[[str], float]) -> Params:
+    """`value` of the "/"-joined path of each leaf; of layers that are stacked, one each along the first axis."""
+
+    def of(path: Any, leaf: Any) -> Any:
+        name = _join(path)
+        if LAYERS not in name:
+            return value(name)
+        values = [value(name.replace(LAYERS, f"{LAYER}{i}/")) for i in range(leaf.shape[0])]
+        return np.array(values, np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _scaled(factors: Callable[[Params], Params]) -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        return jax.tree.map(lambda u, factor: u * factor, updates, layer_factors(updates, decay, form)), state
+        return jax.tree.map(lambda u, factor: u * factor, updates, factors(updates)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -40,7 +40,8 @@ TENSOR_AXIS: dict[tuple[str, ...], int] = {
 
 Tree = TypeVar("Tree")
 Update = Callable[[TrainState, Batch], tuple[TrainState, Means]]
-Evaluate = Callable[[Params, Batch, Array], tuple[Means, Means]]
+Evaluation = tuple[Means, Means, dict[str, Array]]
+Evaluate = Callable[[Params, Batch, Array], Evaluation]
 
 
 def make_mesh(config: ParallelConfig, train: LoopConfig) -> Mesh:
@@ -211,9 +212,9 @@ def compile_update(update: Update, mesh: Mesh, mode: str, state: TrainState) -> 
 
 
 def compile_evaluate(evaluate: Evaluate, mesh: Mesh) -> Evaluate:
-    """The compiled evaluation step of `make_evaluate`: parameters laid out as `shardings` says, copies of the means."""
+    """The compiled step of `make_evaluate`: parameters laid out as `shardings` says, copies of all that comes out."""
 
-    def body(params: Params, batch: Batch, index: Array) -> tuple[Means, Means]:
+    def body(params: Params, batch: Batch, index: Array) -> Evaluation:
         with _laid_out(mesh):
             return evaluate(_gather_tables(params, mesh), batch, index)
 

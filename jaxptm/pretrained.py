@@ -34,6 +34,8 @@ ORBAX_PARAMS = "params"
 
 BODY = ("embeddings", "embeddings_project", "encoder")
 """Top-level modules of a model that belong to no head."""
+KEPT = (*BODY, "pooler")
+"""What a new head still stands on."""
 
 
 class Outputs(dict[str, Any]):
@@ -252,6 +254,7 @@ def from_pretrained(
     param_dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
+    new_head: bool = False,
 ) -> Model:
     """Opens a Hugging Face model directory, a hub repository, or the `model/` of a jaxptm run.
 
@@ -264,6 +267,7 @@ def from_pretrained(
         param_dtype: of the parameters.
         mesh: devices that each get a copy of the parameters; default the first device.
         seed: of the weights of a head that the checkpoint lacks; such a head is logged as a warning.
+        new_head: leave the classifier of the checkpoint aside, and begin with a fresh one; its pooler stays.
 
     Raises:
         JaxptmError: no such model, an unknown architecture or task, or weights that do not fit; all weights at once.
@@ -286,6 +290,9 @@ def from_pretrained(
         tensors = _restore_orbax(directory / ORBAX_PARAMS, family, config)
     else:
         tensors = {family.modern_name(name): tensor for name, tensor in files.read_tensors(directory).items()}
+    if new_head:
+        aside = {row.theirs for row in family.table(config, task).rows if row.paths[0].split("/")[0] not in KEPT}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in aside}
     if task is None and config.pooler and not any(name.startswith(f"{family.prefix}pooler.") for name in tensors):
         config = config.model_copy(update={"pooler": False})
 

@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +17,65 @@ import jax.numpy as jnp
 from jaxptm.config import (
     CausalLmConfig,
     MaskedLmConfig,
-    ObjectiveConfig,
+    MultipleChoiceConfig,
     ParallelConfig,
+    QuestionAnsweringConfig,
     ReplacedTokenConfig,
+    SequenceClassificationConfig,
     TextData,
+    TokenClassificationConfig,
     TrainConfig,
     dump_config,
     load_config,
 )
+from jaxptm.data.batching import Rows
 from jaxptm.data.corpus import Corpus, Manifest
+from jaxptm.data.examples import LengthBuckets
 from jaxptm.data.prepare import Progress, prepare
 from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenStream
 from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
 from jaxptm.hosts import exchange, is_main, together
 from jaxptm.models.electra import ElectraConfig
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import PRETRAINING_TASKS, TextModel
+from jaxptm.nn.text import TextModel
 from jaxptm.objectives import Objective
 from jaxptm.objectives.electra import replaced_token_detection
+from jaxptm.objectives.finetune import (
+    multiple_choice,
+    question_answering,
+    sequence_classification,
+    token_classification,
+)
 from jaxptm.objectives.language import causal_language_model, masked_language_model
 from jaxptm.ops.masking import vocabulary_tables
 from jaxptm.pretrained import Model, check_vocabulary, from_pretrained, model_config
 from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
+from jaxptm.tasks import Score, Write, count_labels, hf_labels, open_task, task_tokenizer
 from jaxptm.types import JaxptmError
 
-REPORTING = {"train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every", "train.keep"}
+REPORTING = {
+    f"train.{key}" for key in ("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep", "export")
+}
 """Keys that may change when a run is resumed: its parameters do not depend on them."""
 LAYOUT = {"train.accumulate", *(f"parallel.{key}" for key in ParallelConfig.model_fields)}
 """Keys that may change as well, so that a run can go on on other devices: its parameters change by rounding alone."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows for evaluation.
+
+    Attributes:
+        rows: each of them once, in epoch 0.
+        score: what the predictions are worth, by figure; None where the objective's own terms and scores tell.
+        write: writes the predictions to files of a directory.
+        labelled: whether there is anything to compare the predictions with.
+    """
+
+    rows: Rows
+    score: Score | None = None
+    write: Write | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,63 +85,120 @@ class Run:
     Attributes:
         directory: where the run writes; for a remote `out`, what is copied there.
         checkpoints: their directory, which may be remote.
-        tokenizer_directory: tokenizer files, to be saved with the model.
+        tokenizer: of the text, to be saved with the model.
         objective: what is learned, and by which modules.
-        train: examples by index, without end.
-        held_out: examples by index for evaluation; None where nothing is held out.
-        corpus: names the prepared text by its content; a run goes on only with the same.
+        train: rows by index, without end.
+        length: tokens of the longest row.
+        held_out: what is evaluated, by the name that its figures begin with; empty where nothing is held out.
+        corpus: names the data by its content; a run goes on only with the same.
         steps: length of the run in optimizer steps.
+        hf_config: what config.json says of the labels.
     """
 
     config: TrainConfig
     directory: Path
     checkpoints: Path | Any
-    tokenizer_directory: Path
+    tokenizer: Any
     objective: Objective
-    train: TextSource[Any]
-    held_out: TextSource[Any] | None
+    train: Rows
+    length: int
+    held_out: Mapping[str, HeldOut]
     corpus: str
     steps: int
+    hf_config: Mapping[str, Any]
+
+    def every(self, period: int | Literal["epoch"]) -> int:
+        """A period of the config in steps."""
+        return -(-len(self.train) // self.config.train.batch_size) if period == "epoch" else period
 
 
-def open_run(
-    config: TrainConfig, modules: Mapping[str, TextModel] | None = None, progress: Progress | None = None
-) -> Run:
+def open_run(config: TrainConfig, models: Mapping[str, Model] | None = None, progress: Progress | None = None) -> Run:
     """Prepares the corpus where that has not been done, and opens everything that `config` names.
 
     Args:
-        modules: instead of those that `config.model` describes.
+        config: resolved (see `jaxptm.tasks.resolve`).
+        models: instead of those that `config.model` describes; then nothing is to be trained.
         progress: called while the corpus is prepared, with the share done and a line.
 
     Raises:
         JaxptmError: whatever does not fit together, before any step is taken.
     """
+    if not isinstance(config.data, TextData):
+        with together():
+            run = _open_labelled(config, models)
+    else:
+        run = _open_text(config, config.data, models, progress)
+    if len(set(exchange(run.corpus))) > 1:
+        raise JaxptmError("the processes hold different data; give all of them the same files under `data`.")
+    return run
+
+
+def _open_labelled(config: TrainConfig, models: Mapping[str, Model] | None) -> Run:
+    loop, data = config.train, config.data
+    assert not isinstance(data, TextData)
+    model = None if models is None else models["model"]
+    tokenizer = model.tokenizer if model is not None and data.tokenizer is None else task_tokenizer(config)
+    if model is not None and model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise JaxptmError(f"{model.source} has another vocabulary than data.tokenizer {data.tokenizer}.")
+    task = open_task(config, tokenizer, training=model is None)
+    objective = make_objective(
+        config, tokenizer, None if model is None else {"model": model.module}, task.class_weights
+    )
+    limit = objective.module.config.max_length
+    if data.max_length > limit:
+        raise JaxptmError(f"data.max_length: {data.max_length} is more than the {limit} tokens that the model takes.")
+    pad = filler(tokenizer)
+    held_out = {
+        name: HeldOut(
+            LengthBuckets(part.examples, loop.batch_size, pad), part.score, part.write, part.score is not None
+        )
+        for name, part in task.held_out.items()
+    }
+    train = LengthBuckets(task.train, loop.batch_size, pad, loop.seed)
+    return Run(
+        config=config,
+        directory=local_directory(config.out),
+        checkpoints=checkpoint_directory(config.out),
+        tokenizer=tokenizer,
+        objective=objective,
+        train=train,
+        length=train.lengths[-1],
+        held_out=held_out,
+        corpus=task.fingerprint,
+        steps=loop.steps or math.ceil((loop.epochs or 0) * len(train) / loop.batch_size),
+        hf_config=hf_labels(config),
+    )
+
+
+def _open_text(
+    config: TrainConfig, data: TextData, models: Mapping[str, Model] | None, progress: Progress | None
+) -> Run:
     prepared = prepared_directory(config)
     with together():
         if is_main():  # the other processes wait
-            _prepare(config, prepared, progress)
+            _prepare(data, prepared, progress)
     machines, manifests = exchange(socket.gethostname()), exchange(_fingerprint_of(prepared / "manifest.json"))
     with together():
         # Machines that do not see what process 0 has made do the same, by their first process each.
         first = machines.index(socket.gethostname()) == jax.process_index()
         if first and manifests[jax.process_index()] != manifests[0]:
-            _prepare(config, prepared, None)
+            _prepare(data, prepared, None)
     with together():
-        run = _open(config, modules, prepared)
-    if len(set(exchange(run.corpus))) > 1:
-        raise JaxptmError(f"{prepared}: the processes hold different texts; give all of them the same data.files.")
-    return run
+        return _open_prepared(config, data, models, prepared)
 
 
-def _prepare(config: TrainConfig, prepared: Path, progress: Progress | None) -> None:
-    if prepare(config.data, prepared, progress=progress) is None:
+def _prepare(data: TextData, prepared: Path, progress: Progress | None) -> None:
+    if prepare(data, prepared, progress=progress) is None:
         raise JaxptmError(f"{prepared}: other hosts are still preparing their files; start again when they are done.")
 
 
-def _open(config: TrainConfig, modules: Mapping[str, TextModel] | None, prepared: Path) -> Run:
-    data, manifest = config.data, Manifest.load(prepared)
-    tokenizer_directory = prepared / "tokenizer"
-    tokenizer = load_tokenizer(tokenizer_directory)
+def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Model] | None, prepared: Path) -> Run:
+    manifest = Manifest.load(prepared)
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    for model in (models or {}).values():
+        if model.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise JaxptmError(f"{model.source} has another vocabulary than data.tokenizer {data.tokenizer}.")
+    modules = None if models is None else {name: model.module for name, model in models.items()}
     objective = make_objective(config, tokenizer, modules)
     module = objective.module
     if data.sequence_length > module.config.max_length:
@@ -145,24 +233,31 @@ def _open(config: TrainConfig, modules: Mapping[str, TextModel] | None, prepared
         config=config,
         directory=local_directory(config.out),
         checkpoints=checkpoint_directory(config.out),
-        tokenizer_directory=tokenizer_directory,
+        tokenizer=tokenizer,
         objective=objective,
         train=source,
-        held_out=None if held_out is None else examples(held_out, seed),
+        length=data.sequence_length,
+        held_out={} if held_out is None else {"": HeldOut(examples(held_out, seed))},
         corpus=_hash([manifest.tokenizer, *(_counts(manifest, split) for split in manifest.splits)]),
         steps=steps,
+        hf_config={},
     )
 
 
-def make_objective(config: TrainConfig, tokenizer: Any, modules: Mapping[str, TextModel] | None = None) -> Objective:
+def make_objective(
+    config: TrainConfig,
+    tokenizer: Any,
+    modules: Mapping[str, TextModel] | None = None,
+    class_weights: Sequence[float] | None = None,
+) -> Objective:
     """What `config` trains, over text of `tokenizer`.
 
     Raises:
         JaxptmError: objective, model and tokenizer do not go together.
     """
-    settings, length = config.objective, config.data.sequence_length
+    settings, data = config.objective, config.data
     modules = modules or make_modules(config, tokenizer)
-    source = f"data.tokenizer {config.data.tokenizer}"
+    source = "the tokenizer of the model" if data.tokenizer is None else f"data.tokenizer {data.tokenizer}"
     for module in modules.values():
         check_vocabulary(tokenizer, module.config, source)
         if module.config.counts_tokens and module.config.pad_token_id != tokenizer.pad_token_id:
@@ -170,15 +265,26 @@ def make_objective(config: TrainConfig, tokenizer: Any, modules: Mapping[str, Te
                 f"model.pad_token_id: is {module.config.pad_token_id}, but {source} has {tokenizer.pad_token_id}; "
                 "this model counts positions by it."
             )
-    if isinstance(settings, CausalLmConfig):
-        return causal_language_model(settings, modules["model"])
+    model = modules["model"]
+    match settings:
+        case SequenceClassificationConfig(problem_type=str(problem_type)):
+            return sequence_classification(model, problem_type, class_weights)
+        case TokenClassificationConfig():
+            return token_classification(model, class_weights)
+        case MultipleChoiceConfig():
+            return multiple_choice(model)
+        case QuestionAnsweringConfig():
+            return question_answering(model)
+        case CausalLmConfig():
+            return causal_language_model(settings, model)
+    assert isinstance(data, TextData) and isinstance(settings, MaskedLmConfig | ReplacedTokenConfig)
     if tokenizer.mask_token_id is None:
         raise JaxptmError(f"{source}: has no mask token, which objective.name: {settings.name} needs.")
     tables = vocabulary_tables(tokenizer)
     if isinstance(settings, MaskedLmConfig):
-        return masked_language_model(settings, modules["model"], tables, tokenizer.mask_token_id, length)
+        return masked_language_model(settings, model, tables, tokenizer.mask_token_id, data.sequence_length)
     return replaced_token_detection(
-        settings, modules["model"], modules["generator"], tables, tokenizer.mask_token_id, length
+        settings, model, modules["generator"], tables, tokenizer.mask_token_id, data.sequence_length
     )
 
 
@@ -191,8 +297,11 @@ def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, TextModel]:
     family, model = model_config(config.model, len(tokenizer), tokenizer.pad_token_id)
     task = config.objective.name
     if task not in family.architectures:
-        tasks = ", ".join(str(name) for name in family.architectures if name in PRETRAINING_TASKS)
+        tasks = ", ".join(str(name) for name in family.architectures if name is not None)
         raise JaxptmError(f"objective.name: a {family.model_type} does not learn {task!r}; it learns {tasks}.")
+    labels = count_labels(config)
+    if labels is not None:
+        model = model.model_copy(update={"num_labels": labels})
     execution = Execution(
         dtype=jnp.dtype(config.train.dtype),
         param_dtype=jnp.dtype(config.train.param_dtype),
@@ -205,8 +314,8 @@ def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, TextModel]:
     return modules
 
 
-def open_models(source: str | Path, settings: ObjectiveConfig, **options: Any) -> dict[str, Model]:
-    """The models that an objective trains, with weights, by the directory of a run that they are exported to.
+def open_models(source: str | Path, config: TrainConfig, **options: Any) -> dict[str, Model]:
+    """The models that a config trains, with weights, by the directory of a run that they are exported to.
 
     Args:
         source: a run directory or its URL, or a model directory or hub name. The latter serves all models: ELECTRA's
@@ -216,9 +325,12 @@ def open_models(source: str | Path, settings: ObjectiveConfig, **options: Any) -
     Raises:
         JaxptmError: a model is missing or does not fit.
     """
-    tasks: dict[str, str] = {"model": settings.name}
-    if isinstance(settings, ReplacedTokenConfig):
+    tasks: dict[str, str] = {"model": config.objective.name}
+    if isinstance(config.objective, ReplacedTokenConfig):
         tasks["generator"] = "masked-lm"
+    labels = count_labels(config)
+    if labels is not None:
+        options = {"num_labels": labels} | options
     models = {}
     for name, task in tasks.items():
         path: str | Path = source
@@ -234,13 +346,16 @@ def prepared_directory(config: TrainConfig) -> Path:
     """Where the token shards lie: `data.prepared`, or beside the run's files under a name made from the data keys.
 
     Raises:
-        JaxptmError: `data.prepared` is an URL.
+        JaxptmError: `data.prepared` is an URL, or the data is not text.
     """
-    if config.data.prepared is None:
-        return local_directory(config.out).parent / "prepared" / _fingerprint(config.data)
-    if is_remote(config.data.prepared):
-        raise JaxptmError(f"data.prepared: {config.data.prepared} has to be a local directory, which can be mapped.")
-    return Path(config.data.prepared)
+    data = config.data
+    if not isinstance(data, TextData):
+        raise JaxptmError("there is nothing to prepare: fine-tuning reads its examples when it starts.")
+    if data.prepared is None:
+        return local_directory(config.out).parent / "prepared" / _fingerprint(data)
+    if is_remote(data.prepared):
+        raise JaxptmError(f"data.prepared: {data.prepared} has to be a local directory, which can be mapped.")
+    return Path(data.prepared)
 
 
 def claim_directory(config: TrainConfig) -> Mirror:
@@ -283,6 +398,13 @@ def _claim(directory: Path, checkpoints: Path | Any, config: TrainConfig) -> Non
     partial = path.with_name("config.yaml.partial")
     partial.write_text(dump_config(config), encoding="utf-8")
     partial.replace(path)
+
+
+def tokenizer_directory(config: TrainConfig) -> Path:
+    """Where a run keeps its tokenizer: with the token shards, or in its own directory where there are none."""
+    if isinstance(config.data, TextData):
+        return prepared_directory(config) / "tokenizer"
+    return local_directory(config.out) / "tokenizer"
 
 
 def _fingerprint(data: TextData) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxptm.config import FineTuningConfig
 from jaxptm.hosts import together
 from jaxptm.models.params import flatten, map_params, stacked, unstacked
 from jaxptm.parallel import shardings
@@ -66,8 +68,10 @@ def gathered(params: Params) -> Params:
 def _loaded_params(run: Run, source: str) -> Params:
     """The parameters of `init_from`, in the form that the module has."""
     objective = run.objective
-    options = {"param_dtype": objective.execution.param_dtype, "seed": run.config.train.seed}
-    models = open_models(source, run.config.objective, **options)
+    options: dict[str, Any] = {"param_dtype": objective.execution.param_dtype, "seed": run.config.train.seed}
+    if isinstance(run.config.objective, FineTuningConfig):
+        options["new_head"] = run.config.objective.new_head
+    models = open_models(source, run.config, **options)
     loaded = objective.join({name: model.params for name, model in models.items()})
     ours, theirs = (
         {path: leaf.shape for path, leaf in flatten(params).items()}

@@ -10,7 +10,7 @@ import optax
 
 from jaxptm.objectives import Objective
 from jaxptm.optim import apply_updates
-from jaxptm.parallel import Evaluate, Update
+from jaxptm.parallel import Evaluate, Evaluation, Update
 from jaxptm.types import Array, Batch, Mean, Means, Params, TrainState
 
 NO_ROW = 2**32 - 1
@@ -104,17 +104,25 @@ def microbatches(rows: Any, accumulate: int) -> Any:
 
 
 def make_evaluate(objective: Objective, key: Array, accumulate: int = 1) -> Evaluate:
-    """One evaluation step without dropout: (params, batch, index of the batch) -> its (terms, scores).
+    """One evaluation step without dropout: (params, batch, index of the batch) -> its (terms, scores, predictions).
 
-    The masks depend on (key, index, row) alone, so every evaluation asks the same questions.
+    The masks depend on (key, index, row) alone, so every evaluation asks the same questions. The predictions are those
+    of `Objective.predict`, [B, ...] each.
 
     Args:
         accumulate: microbatches that the batch is worked off in; changes memory and time, not the result.
     """
 
-    def evaluate(params: Params, batch: Batch, index: Array) -> tuple[Means, Means]:
+    def judge(params: Params, batch: Batch, keys: Array) -> Evaluation:
+        # XLA sees that both run the same model on the same rows.
+        predictions = {} if objective.predict is None else objective.predict(params, batch)
+        return *objective.loss(params, batch, keys, train=False), predictions
+
+    def evaluate(params: Params, batch: Batch, index: Array) -> Evaluation:
         parts = microbatches((dict(batch), row_keys(jax.random.fold_in(key, index), batch)), accumulate)
-        means = jax.lax.map(lambda part: objective.loss(params, *part, train=False), parts)
-        return jax.tree.map(lambda sums: sums.sum(axis=0), means)
+        terms, scores, predictions = jax.lax.map(lambda part: judge(params, *part), parts)
+        terms, scores = jax.tree.map(lambda sums: sums.sum(axis=0), (terms, scores))
+        whole = {name: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for name, x in predictions.items()}
+        return terms, scores, whole
 
     return evaluate

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import platform
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -22,19 +23,19 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxptm.checkpoint import Checkpoints
-from jaxptm.config import TrainConfig, load_config, validate
+from jaxptm.checkpoint import Checkpoints, is_better
+from jaxptm.config import LoopConfig, TrainConfig, load_config, validate
 from jaxptm.cost import StepCost, format_memory, step_cost
 from jaxptm.data.batching import batches
 from jaxptm.data.tokenizer import load_tokenizer
-from jaxptm.evaluation import make_evaluator
+from jaxptm.evaluation import Evaluator
 from jaxptm.hosts import is_main, together
 from jaxptm.interruption import StopSignal, explain_failures
 from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, progress_lines, read_metrics, write_results
 from jaxptm.models import family_of
 from jaxptm.models.params import unstacked
 from jaxptm.objectives import Objective
-from jaxptm.optim import decayed_leaves, optimizer, schedule
+from jaxptm.optim import decayed_leaves, optimizer, schedule, stop_frozen
 from jaxptm.parallel import (
     check_tensor,
     compile_update,
@@ -45,11 +46,12 @@ from jaxptm.parallel import (
     put_batch,
 )
 from jaxptm.pretrained import Model
-from jaxptm.run import Run, claim_directory, make_objective, open_run, prepared_directory
+from jaxptm.run import Run, claim_directory, make_objective, open_run, tokenizer_directory
 from jaxptm.state import first_state, gathered, stored_form
 from jaxptm.step import make_update
 from jaxptm.storage import Mirror, checkpoint_directory
-from jaxptm.types import JaxptmError, Means, Params, TrainState
+from jaxptm.tasks import hf_labels, resolve
+from jaxptm.types import Array, Batch, JaxptmError, Means, Params, TrainState
 
 log = logging.getLogger("jaxptm")
 
@@ -78,6 +80,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
 
 
 def _train(config: TrainConfig) -> dict[str, Any]:
+    config = resolve(config)
     loop, mode = config.train, config.parallel.mode
     mesh = make_mesh(config.parallel, loop)
     mirror = claim_directory(config)
@@ -95,9 +98,11 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
 
     shapes = jax.eval_shape(create, params)
-    body = make_update(run.objective, transform, step_key, loop.accumulate, mapped_axis(mesh, mode))
+    learnt = _without_frozen(run.objective, config.optimizer.frozen)
+    body = make_update(learnt, transform, step_key, loop.accumulate, mapped_axis(mesh, mode))
     update = compile_update(body, mesh, mode, shapes)
-    evaluate = None if run.held_out is None else make_evaluator(run, mesh)
+    evaluate = Evaluator(run, mesh)
+    eval_every, checkpoint_every = run.every(loop.eval_every), run.every(loop.checkpoint_every)
     rows = host_rows(mesh, loop.batch_size)
     stored_shapes, to_stored, from_stored = stored_form(run, shapes, mesh)
 
@@ -107,7 +112,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     for line in _introduction(run, params, mesh):
         console.print(line, markup=False)
 
-    with Checkpoints(run.checkpoints, loop.keep) as checkpoints:
+    with Checkpoints(run.checkpoints, loop.keep, loop.metric) as checkpoints:
         restored = checkpoints.restore(stored_shapes)
         if restored is None:
             state, seconds = first_state(run, create, init_key, mesh), 0.0
@@ -115,7 +120,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             state, seconds = from_stored(restored[0]), restored[1]["seconds"]
             if restored[1]["corpus"] != run.corpus:
                 raise JaxptmError(
-                    f"{config.out}: the text has changed since its checkpoints were written; put the old text "
+                    f"{config.out}: the data has changed since its checkpoints were written; put the old data "
                     "back, or choose another `out`."
                 )
         start, meta = int(state.step), {"corpus": run.corpus}
@@ -123,31 +128,36 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         with together():
             metrics = MetricsLog(run.directory, enabled=is_main())
             metrics.truncate(start)
+            best = _Best(loop, run.directory / "metrics.jsonl")
         with metrics, TrainingProgress(run.steps, start, console) as progress, StopSignal() as stop:
             if start:
                 progress.print(f"resuming at step {start} of {run.steps}")
             window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
             clock = time.perf_counter() - seconds
-            source = batches(run.train, loop.batch_size, start, run.steps - start, rows)
+            ahead = 0 if best.enough else run.steps - start
+            source = batches(run.train, loop.batch_size, start, ahead, rows)
             for step, batch in enumerate(source, start + 1):
-                state, means = update(state, put_batch(mesh, batch, loop.batch_size))
+                on_device = put_batch(mesh, batch, loop.batch_size)
+                with window.step(on_device["input_ids"].shape):
+                    state, means = update(state, on_device)
                 window.add(means)
                 progress.advance(step)
-                last = stop.requested(step) or step == run.steps
 
                 record: dict[str, float] = {}
-                if last or step % loop.log_every == 0:
-                    record = {f"train/{name}": value for name, value in window.close().items()}
-                    record["train/learning_rate"] = float(learning_rate(step - 1))
                 evaluation: dict[str, float] = {}
-                if evaluate and (step == run.steps or step % loop.eval_every == 0):
+                if run.held_out and (step == run.steps or step % eval_every == 0):
                     with window.paused():
                         evaluation = evaluate(state.params)
-                    record |= {f"eval/{name}": value for name, value in evaluation.items()}
+                    record = {f"eval/{name}": value for name, value in evaluation.items()}
+                improved = best.note(evaluation)
+                last = stop.requested(step) or step == run.steps or best.enough
+                if last or step % loop.log_every == 0:
+                    learned = {f"train/{name}": value for name, value in window.close().items()}
+                    record = learned | {"train/learning_rate": float(learning_rate(step - 1))} | record
                 if record:
                     metrics.write(step, record)
                     progress.log(step, record)
-                if last or step % loop.checkpoint_every == 0:
+                if last or improved or step % checkpoint_every == 0:
                     with window.paused():
                         mirror.try_push()  # first, so that no checkpoint knows of steps that the metrics do not
                         checkpoints.save(to_stored(state), evaluation, meta | {"seconds": time.perf_counter() - clock})
@@ -155,35 +165,57 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 if last:
                     break
             checkpoints.wait()
-            if int(state.step) < run.steps:
+            step = int(state.step)
+            finished = step == run.steps or best.enough
+            if not finished:
                 progress.print(f"stopped at step {step} of {run.steps}, saved; the same command goes on from there.")
+            elif step < run.steps:
+                progress.print(f"stopped early at step {step}: {best.told}.")
+            exported = checkpoints.best_step if finished and loop.export == "best" else None
+            if exported is not None:
+                progress.print(f"taking the parameters of step {exported}: {best.told}.")
+                chosen = checkpoints.restore(stored_shapes, exported)
+                assert chosen is not None
+                state = from_stored(chosen[0])
 
-        if int(state.step) < run.steps:
+        if not finished:
             with together():
                 mirror.push()
             return {"finished": False, "step": step}
+        if any(part.write for part in run.held_out.values()):
+            evaluate(state.params, run.directory / "predictions")
         params = gathered(state.params)
         with together():
             if is_main():
                 models = export(run, params)
-                results = _results(run, params, mesh, time.perf_counter() - clock)
+                results = _results(run, params, mesh, time.perf_counter() - clock, step, exported or step)
                 written = (*models, plot_curves(run.directory), write_results(run.directory, results))
                 mirror.push()
                 log.info("written: %s", ", ".join(str(path) for path in written))
                 return results
-        return {"finished": True, "step": run.steps}
+        return {"finished": True, "step": step}
+
+
+def _without_frozen(objective: Objective, frozen: Sequence[str]) -> Objective:
+    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+        return objective.loss(stop_frozen(params, frozen), batch, keys, train=train)
+
+    return replace(objective, loss=loss) if frozen else objective
 
 
 def export(run: Run, params: Params) -> list[Path]:
     """Writes `model/`, and for ELECTRA `generator/`, of the run directory in Hugging Face's format, with tokenizers."""
-    models = _models(run.objective, params, run.tokenizer_directory)
+    directory = tokenizer_directory(run.config)
+    if not directory.exists():
+        run.tokenizer.save_pretrained(directory)
+    models = _models(run.objective, params, directory, run.hf_config)
     for name, model in models.items():
         model.save_pretrained(run.directory / name)
     return [run.directory / name for name in models]
 
 
-def _models(objective: Objective, params: Params, tokenizer_directory: Path) -> dict[str, Model]:
-    tokenizer = load_tokenizer(tokenizer_directory)
+def _models(objective: Objective, params: Params, directory: Path, hf_config: Mapping[str, Any]) -> dict[str, Model]:
+    tokenizer = load_tokenizer(directory)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     return {
         name: Model(
@@ -192,8 +224,8 @@ def _models(objective: Objective, params: Params, tokenizer_directory: Path) -> 
             module.task,
             module,
             objective.split(params)[name],
-            tokenizer_directory,
-            ends,
+            directory,
+            {**ends, **hf_config},
         )
         for name, module in objective.modules.items()
     }
@@ -210,8 +242,8 @@ def restore_model(directory: str | Path, step: int | None = None, part: str = "m
     """
     config = load_config(Mirror(str(directory)).pull("config.yaml"))
     directory = checkpoint_directory(str(directory))
-    tokenizer_directory = prepared_directory(config) / "tokenizer"
-    objective = make_objective(config, load_tokenizer(tokenizer_directory))
+    tokenizer = tokenizer_directory(config)
+    objective = make_objective(config, load_tokenizer(tokenizer))
     if part not in objective.modules:
         raise JaxptmError(f"{directory}: the run trains no part {part!r}, only {', '.join(objective.modules)}.")
     shapes = jax.eval_shape(lambda key: unstacked(objective.init(key)), jax.random.key(0))  # as they are stored
@@ -222,9 +254,49 @@ def restore_model(directory: str | Path, step: int | None = None, part: str = "m
         restored = checkpoints.restore(like, step)
     if restored is None:
         raise JaxptmError(f"{directory}: holds no checkpoint{'' if step is None else f' of step {step}'}.")
-    model = _models(objective, restored[0].params, tokenizer_directory)[part]
+    model = _models(objective, restored[0].params, tokenizer, hf_labels(config))[part]
     unscanned = replace(model.module.execution, scan=False)  # as the parameters are stored
     return replace(model, module=model.module.clone(execution=unscanned))
+
+
+class _Best:
+    """The best evaluation of a run so far, and how many after it were no better."""
+
+    def __init__(self, loop: LoopConfig, log: Path) -> None:
+        """Goes over what `log` tells of the steps before, so that a resumed run decides as it would have."""
+        self._metric, self._patience = loop.metric, loop.patience
+        self._asked = loop.patience is not None or loop.export == "best"
+        self._value: float | None = None
+        self._waited = 0
+        for line in read_metrics(log) if log.exists() else []:
+            self.note({name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")})
+
+    @property
+    def enough(self) -> bool:
+        """Whether the run is to stop early."""
+        return self._patience is not None and self._waited >= self._patience
+
+    @property
+    def told(self) -> str:
+        return f"the best {self._metric} is {self._value:.6g}, and {self._waited} evaluation(s) since were no better"
+
+    def note(self, evaluation: Mapping[str, float]) -> bool:
+        """Takes an evaluation, or an empty one; whether its checkpoint is to be kept for being the best.
+
+        Raises:
+            JaxptmError: the evaluation has no such figure.
+        """
+        if not evaluation:
+            return False
+        if self._metric not in evaluation:
+            raise JaxptmError(
+                f"train.metric: an evaluation here has no {self._metric!r}, only {', '.join(evaluation)}."
+            )
+        if is_better(self._metric, evaluation[self._metric], self._value):
+            self._value, self._waited = evaluation[self._metric], 0
+            return self._asked
+        self._waited += 1
+        return False
 
 
 class _Window:
@@ -232,28 +304,42 @@ class _Window:
 
     def __init__(self, run: Run, start: int, peak: float) -> None:
         self._run, self._step, self._peak = run, start, peak
-        self._pending: list[Means] = []
-        self._clock: float | None = None
+        self._pending: list[tuple[Means, bool]] = []
+        self._shapes: dict[tuple[int, ...], float] = {}
+        self._shape: tuple[int, ...] = ()
+        self._new = False
+        self._clock = time.perf_counter()
         self._clear()
 
+    @contextmanager
+    def step(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """Around the call of a step on token ids of this shape."""
+        self._shape, self._new = shape, shape not in self._shapes
+        if not self._new:
+            yield
+            return
+        *rows, length = shape
+        self._shapes[shape] = 3 * self._run.objective.flops(math.prod(rows), length)
+        # The first step of a shape compiles: it counts for the means and not for the time.
+        with self.paused():
+            yield
+
     def add(self, means: Means) -> None:
-        """Takes the means of one step, which may still be under way on the device."""
-        self._pending.append(means)
-        if self._clock is None:
-            # The first step compiles: it counts for the means and not for the time.
+        """Takes the means of the step, which may still be under way on the device."""
+        self._pending.append((means, not self._new))
+        if self._new:
             self._fetch()
-            self._timed, self._seconds, self._clock = 0, 0.0, time.perf_counter()
-            self._tokens = 0.0
+            self._clock = time.perf_counter()
+        else:
+            self._flops += self._shapes[self._shape]
 
     def close(self) -> dict[str, float]:
         """The means since the last call, tokens (without padding) a second, and model FLOP utilisation."""
         with self.paused():
             values = {name: float(total / max(weight, 1e-5)) for name, (total, weight) in self._sums.items()}
-            if self._timed:
-                loop = self._run.config.train
-                flops = 3 * self._run.objective.flops(loop.batch_size, self._run.config.data.sequence_length)
+            if self._tokens:
                 values["tokens_per_second"] = self._tokens / self._seconds
-                values["utilisation"] = self._timed * flops / self._seconds / self._peak
+                values["utilisation"] = self._flops / self._seconds / self._peak
             self._clear()
         return values
 
@@ -261,13 +347,12 @@ class _Window:
     def paused(self) -> Iterator[None]:
         """Waits for the steps under way, checks them, and stops the clock for what follows."""
         self._fetch()
-        if self._clock is not None:
-            self._seconds += time.perf_counter() - self._clock
+        self._seconds += time.perf_counter() - self._clock
         yield
         self._clock = time.perf_counter()
 
     def _fetch(self) -> None:
-        for means in jax.device_get(self._pending):
+        for means, timed in jax.device_get(self._pending):
             self._step += 1
             for name in ("loss", "grad_norm"):
                 if not np.isfinite(means[name].total):
@@ -276,15 +361,14 @@ class _Window:
                         f"{self._run.checkpoints}; lower optimizer.learning_rate, lengthen "
                         "optimizer.warmup or tighten optimizer.clip, and start in another `out`."
                     )
-            self._timed += 1
-            self._tokens += means["token_share"].total
+            self._tokens += means["token_share"].total if timed else 0.0
             for name, mean in means.items():
                 self._sums[name] = self._sums.get(name, np.zeros(2)) + np.array(mean, np.float64)
         self._pending = []
 
     def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
-        self._timed, self._tokens, self._seconds = 0, 0.0, 0.0
+        self._tokens, self._flops, self._seconds = 0.0, 0.0, 0.0
 
 
 def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
@@ -303,25 +387,26 @@ def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
 
 
 def _cost(run: Run, mesh: Mesh) -> StepCost:
-    data, loop = run.config.data, run.config.train
+    loop, objective = run.config.train, run.objective
+    choices = getattr(getattr(run.train, "examples", None), "choices", 0)
     costs = [
         step_cost(
             module.config,
             module.task,
             module.execution,
-            rows=loop.batch_size,
-            length=data.sequence_length,
-            predictions=run.config.objective.slots(data.sequence_length),
+            rows=loop.batch_size * max(choices, 1),
+            length=run.length,
+            predictions=run.config.objective.slots(run.length),
             accumulate=loop.accumulate,
             shares_embeddings=name != "model",
             **mesh.shape,
         )
-        for name, module in run.objective.modules.items()
+        for name, module in objective.modules.items()
     ]
     return reduce(operator.add, costs)
 
 
-def _results(run: Run, params: Params, mesh: Mesh, seconds: float) -> dict[str, Any]:
+def _results(run: Run, params: Params, mesh: Mesh, seconds: float, step: int, exported: int) -> dict[str, Any]:
     lines = read_metrics(run.directory / "metrics.jsonl")
     newest: dict[str, float] = {}
     for line in lines:
@@ -345,7 +430,8 @@ def _results(run: Run, params: Params, mesh: Mesh, seconds: float) -> dict[str, 
     )
     return {
         "finished": True,
-        "step": run.steps,
+        "step": step,
+        "exported_step": exported,
         "train": {name.removeprefix("train/"): value for name, value in newest.items() if name.startswith("train/")},
         "eval": {name.removeprefix("eval/"): value for name, value in newest.items() if name.startswith("eval/")},
         "tokens_per_second": typical("train/tokens_per_second"),

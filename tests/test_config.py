@@ -33,14 +33,15 @@ def small(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_holds_together(path: Path) -> None:
     config = load_config(path)
-    _, model = model_config(config.model, config.data.vocab_size or 30522)
-    assert config.data.sequence_length <= model.max_position_embeddings
-    assert config.train.steps is not None
-    peak = config.optimizer.learning_rate
-    rates = [
-        float(schedule(config.optimizer, config.train.steps)(step))
-        for step in (0, config.train.steps // 10, config.train.steps)
-    ]
+    if path.parent.name == "pretrain":
+        _, model = model_config(config.model, config.data.vocab_size or 30522)
+        assert config.data.sequence_length <= model.max_position_embeddings
+        assert config.train.steps is not None
+    else:  # begins with somebody's weights, and lasts as long as the data says
+        assert config.model == config.init_from and config.data.max_length <= 512
+        assert config.train.steps is None and config.train.epochs
+    steps, peak = config.train.steps or 1000, config.optimizer.learning_rate
+    rates = [float(schedule(config.optimizer, steps)(step)) for step in (0, steps // 10, steps)]
     assert rates[0] == 0 and 0 < rates[1] <= peak * (1 + 1e-6) and rates[2] < 1e-8
     story = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in story.splitlines())
@@ -52,6 +53,8 @@ def test_each_config_holds_together(path: Path) -> None:
 def test_the_configs_that_must_exist_do() -> None:
     names = {path.stem for path in CONFIGS if path.parent.name == "pretrain"}
     assert {"quickstart", "bert_tiny", "bert_mini", "bert_base", "bert_large"} <= names
+    names = {path.stem for path in CONFIGS if path.parent.name == "finetune"}
+    assert {"glue", "squad", "classification", "token_classification"} <= names
 
 
 def test_bert_base_is_the_paper_s_recipe() -> None:

@@ -224,7 +224,7 @@ def test_evaluation_repeats_its_masks_and_counts_padding_rows_out(small: tuple[t
     jax.tree.map(np.testing.assert_array_equal, first, second)
     objective = objective_of(ours)
     assert float(objective.total(evaluate(ours.params, batch, 1)[0])) != float(objective.total(first[0]))
-    terms, scores = evaluate(ours.params, padded, 0)
+    terms, scores, _ = evaluate(ours.params, padded, 0)
     assert float(terms["nsp_loss"].weight) == float(scores["nsp_accuracy"].weight) == 4
     keys = jax.random.split(jax.random.fold_in(jax.random.key(9), 0), 6)[:4]
     alone, _ = objective_of(ours).loss(ours.params, {name: rows[:4] for name, rows in batch.items()}, keys, train=False)

@@ -234,7 +234,7 @@ def test_another_text_is_not_mistaken_for_the_first(home: Path, finished: tuple[
     fields = config.model_dump()
     assert train(fields)["finished"]  # a dict does as well
     write_corpus(text, seed=1, documents=90)
-    with pytest.raises(JaxptmError, match="the text has changed since its checkpoints were written"):
+    with pytest.raises(JaxptmError, match="the data has changed since its checkpoints were written"):
         train(config)
 
 

@@ -55,6 +55,7 @@ class Objective:
         split: parameters -> those of each module. What modules share is in each of them.
         join: the way back.
         summary: further figures of an evaluation, from the values of its terms and scores.
+        predict: (parameters, batch) -> what the model says of each row; None where the terms and scores tell all.
     """
 
     modules: Mapping[str, TextModel]
@@ -65,6 +66,7 @@ class Objective:
     split: Callable[[Params], dict[str, Params]] = _whole
     join: Callable[[Mapping[str, Params]], Params] = _only
     summary: Callable[[Mapping[str, float]], dict[str, float]] = _nothing
+    predict: Callable[[Params, Batch], dict[str, Array]] | None = None
 
     @property
     def module(self) -> TextModel:

@@ -34,6 +34,13 @@ def binary_cross_entropy(
     return Mean.of(optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels), weights)
 
 
+def squared_error(
+    predictions: Float[Array, "*batch"], targets: Float[Array, "*batch"], weights: Float[Array, "*batch"]
+) -> Mean:
+    """Squared difference."""
+    return Mean.of(jnp.square(predictions.astype(jnp.float32) - targets.astype(jnp.float32)), weights)
+
+
 def accuracy(logits: Float[Array, "*batch V"], labels: Int[Array, "*batch"], weights: Float[Array, "*batch"]) -> Mean:
     """Share of the items whose label has the largest logit; a tie counts.
 

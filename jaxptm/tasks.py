@@ -1,0 +1,406 @@
+"""What labelled data asks of a model: its examples, its labels, and what its predictions are worth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxptm import scoring
+from jaxptm.config import (
+    IGNORED,
+    FineTuningConfig,
+    GlueData,
+    SequenceClassificationConfig,
+    SquadData,
+    TableData,
+    TextData,
+    TokenClassificationConfig,
+    TrainConfig,
+)
+from jaxptm.data import squad
+from jaxptm.data.examples import Examples
+from jaxptm.data.glue import GLUE, GlueSplit, glue_scores, read_glue, write_submission
+from jaxptm.data.table import (
+    LabelledWords,
+    Table,
+    encode_choices,
+    encode_texts,
+    encode_words,
+    found_labels,
+    label_ids,
+    label_sets,
+    numbers,
+    read_table,
+    words_said,
+)
+from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.hf import files
+from jaxptm.models import PRESETS
+from jaxptm.pretrained import read_family
+from jaxptm.types import JaxptmError
+
+Outputs = dict[str, list[np.ndarray]]
+"""What a model says of each example, in the order of the file: rows of `Objective.predict`."""
+Score = Callable[[Outputs], dict[str, float]]
+Write = Callable[[Outputs, Path], None]
+NOTHING = Examples.of({"input_ids": []})
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples of a task, and what to do with what a model says of them.
+
+    Attributes:
+        score: figures by name; None where there are no labels.
+        write: writes the predictions into a directory.
+    """
+
+    examples: Examples
+    score: Score | None
+    write: Write | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled data, opened.
+
+    Attributes:
+        train: what is learned from; empty where nothing is to be trained.
+        held_out: what is evaluated, by the name that its figures begin with.
+        class_weights: of each label in the loss.
+    """
+
+    train: Examples
+    held_out: Mapping[str, Part]
+    class_weights: Sequence[float] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the training data by its content."""
+        digest = hashlib.sha256()
+        for values in (*self.train.tokens.values(), self.train.ends, *self.train.targets.values()):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()[:12]
+
+
+def resolve(config: TrainConfig, source: str | None = None) -> TrainConfig:
+    """Fills in what a fine-tuning config leaves to the model and the data: its weights, its labels, its problem.
+
+    Args:
+        source: the model that is evaluated, instead of what the config begins with.
+
+    Raises:
+        JaxptmError: model or data cannot be read.
+    """
+    objective, data = config.objective, config.data
+    if not isinstance(objective, FineTuningConfig):
+        return config
+    weights = _weights(config) if source is None else source
+    if weights is not None and (Path(weights) / "model" / "config.json").exists():
+        weights = str(Path(weights) / "model")
+    model = weights if config.model in (config.init_from, source) and weights is not None else config.model
+    if isinstance(objective, SequenceClassificationConfig) and objective.problem_type is None:
+        glue_regression = isinstance(data, GlueData) and GLUE[data.task].labels == ()
+        problem = "regression" if glue_regression else "single_label_classification"
+        objective = objective.model_copy(update={"problem_type": problem})
+    if isinstance(data, GlueData | TableData) and data.labels is None:
+        data = data.model_copy(update={"labels": _labels(objective, data, weights)})
+    return config.model_copy(update={"init_from": weights, "model": model, "objective": objective, "data": data})
+
+
+def count_labels(config: TrainConfig) -> int | None:
+    """Outputs of the head that a resolved config trains; None where the task decides."""
+    match config.objective, config.data:
+        case SequenceClassificationConfig(problem_type="regression"), GlueData():
+            return 1
+        case SequenceClassificationConfig(problem_type="regression"), TableData(label_column=columns):
+            return 1 if isinstance(columns, str) else len(columns)
+        case SequenceClassificationConfig() | TokenClassificationConfig(), GlueData() | TableData() as data:
+            return len(data.labels or ())
+        case FineTuningConfig(name="question-answering"), _:
+            return 2  # start and end
+    return None
+
+
+def hf_labels(config: TrainConfig) -> dict[str, Any]:
+    """What config.json says of the head that a resolved config trains."""
+    said: dict[str, Any] = {}
+    if isinstance(config.objective, SequenceClassificationConfig):
+        said["problem_type"] = config.objective.problem_type
+    if isinstance(config.data, GlueData | TableData) and config.data.labels:
+        said["id2label"] = {str(i): name for i, name in enumerate(config.data.labels)}
+        said["label2id"] = {name: i for i, name in enumerate(config.data.labels)}
+    return said
+
+
+def task_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer that a resolved fine-tuning config names, or that of its model.
+
+    Raises:
+        JaxptmError: there is none.
+    """
+    assert not isinstance(config.data, TextData)
+    name = config.data.tokenizer or config.init_from or _named(config.model)
+    if name is None:
+        raise JaxptmError("data.tokenizer: is missing; `model` names no directory that would have one.")
+    return load_tokenizer(name, config.data.lowercase)
+
+
+def _weights(config: TrainConfig) -> str | None:
+    return config.init_from if "init_from" in config.model_fields_set else _named(config.model)
+
+
+def _named(model: str | Mapping[str, Any]) -> str | None:
+    """The directory or hub name that `model` takes its config from, if any."""
+    name = model if isinstance(model, str) else model.get("preset")
+    return None if name in PRESETS else name
+
+
+def open_task(config: TrainConfig, tokenizer: Any, *, training: bool) -> Task:
+    """Reads and encodes the examples of a resolved fine-tuning config.
+
+    Args:
+        training: also what is learned from.
+
+    Raises:
+        JaxptmError: a file is missing, a line does not fit, or a label is unknown.
+    """
+    # What weighs labels by how often they are learned from needs what is learned from, also to evaluate.
+    training = training or getattr(config.objective, "class_weights", None) is not None
+    match config.data:
+        case GlueData() as data:
+            return _open_glue(config, data, tokenizer, training)
+        case SquadData() as data:
+            return _open_squad(data, tokenizer, training)
+        case TableData() as data:
+            return _open_table(config, data, tokenizer, training)
+    raise TypeError(f"{type(config.data).__name__} has no labels")
+
+
+def _open_glue(config: TrainConfig, data: GlueData, tokenizer: Any, training: bool) -> Task:
+    labels = data.labels or []
+
+    def encode(split: GlueSplit) -> Examples:
+        if split.label is None:  # nothing to compare with
+            targets = np.zeros(len(split.table), np.int32 if labels else np.float32)
+        elif labels:
+            lower = replace(split.table, columns={"label": [str(v).lower() for v in split.table.column(split.label)]})
+            targets = label_ids(lower, "label", [label.lower() for label in labels])
+        else:
+            targets = numbers(split.table, split.label)
+        return encode_texts(tokenizer, split.texts, data.max_length, labels=targets)
+
+    def part(name: str, split: GlueSplit) -> Part:
+        examples = encode(split)
+
+        def score(outputs: Outputs) -> dict[str, float]:
+            return glue_scores(data.task, np.stack(outputs["logits"]), examples.targets["labels"])
+
+        def write(outputs: Outputs, directory: Path) -> None:
+            write_submission(data.task, directory, name, split.index, np.stack(outputs["logits"]), labels)
+
+        return Part(examples, None, write) if split.label is None else Part(examples, score)
+
+    held_out = read_glue(data, "dev") if data.eval_split == "dev" else {}
+    if training or data.eval_split == "test":
+        held_out |= read_glue(data, "test")
+    parts = {name: part(name, split) for name, split in held_out.items()}
+    if not training:
+        return Task(NOTHING, parts)
+    train = encode(read_glue(data, "train")[""])
+    return Task(train, parts, _class_weights(config, labels, train.targets["labels"]))
+
+
+def _open_table(config: TrainConfig, data: TableData, tokenizer: Any, training: bool) -> Task:
+    objective, labels = config.objective, data.labels or []
+    multiple = isinstance(objective, SequenceClassificationConfig) and objective.problem_type
+    train_table, held_out = _tables(data, training)
+
+    def texts(table: Table) -> list[list[str]]:
+        return [table.texts(name) for name in data.texts]
+
+    def targets(table: Table) -> np.ndarray:
+        match multiple:
+            case "regression":
+                return numbers(table, data.label_column)
+            case "multi_label_classification":
+                return label_sets(table, data.label_column, labels)
+        return label_ids(table, _one(data.label_column), labels)
+
+    def rows(table: Table) -> Examples:
+        if data.choice_columns is None:
+            return encode_texts(tokenizer, texts(table), data.max_length, labels=targets(table))
+        endings = _endings(table, data.choice_columns)
+        right = label_ids(table, _one(data.label_column), [str(i) for i in range(len(endings))])
+        return encode_choices(tokenizer, texts(table), endings, data.max_length, labels=right)
+
+    def words(table: Table) -> tuple[LabelledWords, list[list[int]]]:
+        name = _one(data.label_column)
+        sentences, tags = table.column(data.texts[0]), table.column(name)
+        known = {label: i for i, label in enumerate(labels)}
+        ids = []
+        for at, (sentence, row) in enumerate(zip(sentences, tags, strict=True)):
+            if not isinstance(sentence, list) or not isinstance(row, list) or len(sentence) != len(row):
+                raise JaxptmError(
+                    f"{table.where(at)}: {data.texts[0]!r} and {name!r} are no lists of equal length, a label a word."
+                )
+            unknown = [tag for tag in row if tag not in known]
+            if unknown:
+                raise JaxptmError(
+                    f"{table.where(at)}: the label {unknown[0]!r} is not one of {', '.join(labels[:20])}."
+                )
+            ids.append([known[tag] for tag in row])
+        return encode_words(tokenizer, sentences, ids, data.max_length), ids
+
+    def part(table: Table) -> Part:
+        if isinstance(objective, TokenClassificationConfig):
+            encoded, ids = words(table)
+            silent = labels.index("O") if "O" in labels else 0
+
+            def score_words(outputs: Outputs) -> dict[str, float]:
+                tags = [logits.argmax(axis=-1) for logits in outputs["logits"]]
+                said = words_said(encoded, tags, [len(row) for row in ids], silent)
+                return scoring.entities(*([[labels[i] for i in row] for row in rows] for rows in (said, ids)))
+
+            return Part(encoded.examples, score_words)
+        examples = rows(table)
+
+        def score(outputs: Outputs) -> dict[str, float]:
+            logits, right = np.stack(outputs["logits"]), examples.targets["labels"]
+            match multiple:
+                case "regression" if right.ndim > 1:
+                    columns = [scoring.numbers(logits[:, i], right[:, i]) for i in range(right.shape[1])]
+                    return {name: float(np.mean([column[name] for column in columns])) for name in columns[0]}
+                case "regression":
+                    return scoring.numbers(logits[:, 0], right)
+                case "multi_label_classification":
+                    return scoring.several_labels(logits, right)
+            return scoring.one_label(logits, right) if multiple else scoring.choices(logits, right)
+
+        return Part(examples, score)
+
+    parts = {} if held_out is None else {"": part(held_out)}
+    if train_table is None:
+        return Task(NOTHING, parts)
+    if isinstance(objective, TokenClassificationConfig):
+        train = words(train_table)[0].examples
+        marks = train.tokens["labels"]
+        return Task(train, parts, _class_weights(config, labels, marks[marks != IGNORED]))
+    train = rows(train_table)
+    return Task(train, parts, _class_weights(config, labels, train.targets["labels"]))
+
+
+def _tables(data: TableData, training: bool) -> tuple[Table | None, Table | None]:
+    """What is learned from, and what is held out."""
+    if data.eval_file is not None:
+        return read_table(data.train_file) if training else None, read_table(data.eval_file)
+    whole = read_table(data.train_file)
+    if not data.eval_fraction:
+        return whole if training else None, None
+    order = np.random.default_rng(0).permutation(len(whole))
+    count = max(1, round(data.eval_fraction * len(whole)))
+    kept, held = sorted(order[count:].tolist()), sorted(order[:count].tolist())
+    return whole.take(kept) if training else None, whole.take(held)
+
+
+def _endings(table: Table, columns: str | Sequence[str]) -> list[list[str]]:
+    if not isinstance(columns, str):
+        return [table.texts(name) for name in columns]
+    lists = table.column(columns)
+    for at, endings in enumerate(lists):
+        if not isinstance(endings, list) or len(endings) != len(lists[0]):
+            raise JaxptmError(f"{table.where(at)}: {columns!r} holds {endings!r}, expected {len(lists[0])} choices.")
+    return [[str(endings[i]) for endings in lists] for i in range(len(lists[0]))]
+
+
+def _one(columns: str | Sequence[str]) -> str:
+    if isinstance(columns, str):
+        return columns
+    raise JaxptmError(
+        "data.label_column: names several columns, which is for objective.problem_type: multi_label_classification or "
+        "regression."
+    )
+
+
+def _labels(objective: FineTuningConfig, data: GlueData | TableData, weights: str | None) -> list[str]:
+    """The labels in the order of the head: of the model where it has a head for them, or else of the data."""
+    own = None if objective.new_head else _labels_of(weights, objective.name)
+    if isinstance(data, GlueData):
+        task = list(GLUE[data.task].labels)
+        return own if own and sorted(map(str.lower, own)) == sorted(task) else task
+    if isinstance(objective, SequenceClassificationConfig) and objective.problem_type == "regression":
+        return []
+    if data.choice_columns is not None:
+        return []
+    if not isinstance(data.label_column, str):
+        return list(data.label_column)
+    column = read_table(data.train_file).column(data.label_column)
+    nested = isinstance(column[0], list)
+    found = found_labels(label for cell in column for label in (cell if nested else [cell]))
+    if own and not set(found) <= set(own):
+        if len(own) == len(found) and all(label.startswith("LABEL_") for label in own):
+            return found
+        raise JaxptmError(
+            f"data.label_column: {data.label_column!r} has the labels {', '.join(found[:20])}, and the head of "
+            f"{weights} {', '.join(own[:20])}; set objective.new_head=true to begin with a fresh head."
+        )
+    return own or found
+
+
+def _labels_of(weights: str | None, task: str) -> list[str] | None:
+    """The labels of a model that has a head for the task."""
+    if weights is None:
+        return None
+    family, hf_config = read_family(files.resolve(weights))
+    names = hf_config.get("id2label")
+    if family.architectures.get(task) not in (hf_config.get("architectures") or []) or not names:
+        return None
+    return [names[key] for key in sorted(names, key=int)]
+
+
+def _class_weights(config: TrainConfig, labels: Sequence[str], targets: np.ndarray) -> list[float] | None:
+    asked = getattr(config.objective, "class_weights", None)
+    if asked is None:
+        return None
+    if isinstance(asked, list):
+        if len(asked) != len(labels):
+            raise JaxptmError(f"objective.class_weights: has {len(asked)} weights for {len(labels)} labels.")
+        return asked
+    counts = targets.sum(axis=0) if targets.ndim > 1 else np.bincount(targets, minlength=len(labels))
+    balanced: list[float] = (len(targets) / (len(labels) * np.maximum(counts, 1))).tolist()
+    return balanced
+
+
+def _open_squad(data: SquadData, tokenizer: Any, training: bool) -> Task:
+    train = (
+        squad.encode(squad.read_squad(data.train_file, data.version_2), tokenizer, data).examples
+        if training
+        else NOTHING
+    )
+    if data.eval_file is None:
+        return Task(train, {})
+    questions = squad.read_squad(data.eval_file, data.version_2)
+    windows = squad.encode(questions, tokenizer, data)
+
+    def answers(outputs: Outputs) -> list[squad.Answers]:
+        return squad.decode(questions, windows, outputs["start_logits"], outputs["end_logits"], data)
+
+    def score(outputs: Outputs) -> dict[str, float]:
+        found = answers(outputs)
+        figures = squad.squad_scores(questions, squad.chosen(questions, found, data))
+        if not data.version_2:
+            return figures
+        # The best threshold is looked for among all of them, whatever the one of the predictions is.
+        every = data.model_copy(update={"null_threshold": float("inf")})
+        odds = {question.id: answer.null_odds for question, answer in zip(questions, found, strict=True)}
+        return squad.squad_scores(questions, squad.chosen(questions, found, every), odds) | figures
+
+    def write(outputs: Outputs, directory: Path) -> None:
+        squad.write_predictions(directory, questions, answers(outputs), data)
+
+    return Task(train, {"": Part(windows.examples, score, write)})
