@@ -150,28 +150,60 @@ def evaluate(
 
 @app.command()
 @_reported
+def glue(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    tasks: Annotated[
+        str, typer.Option(metavar="TASK,TASK", help="Default: all nine.")
+    ] = "cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli",
+    seeds: Annotated[int, typer.Option(help="Runs a task, from train.seed upwards.")] = 5,
+) -> None:
+    """Fine-tune on tasks of GLUE with several seeds, and write one table. Finished runs are not repeated."""
+    from jaxptm.config import load_config
+    from jaxptm.glue import markdown, run_glue
+
+    loaded = load_config(config, overrides or ())
+    print(markdown(run_glue(loaded, [task.strip() for task in tasks.split(",")], seeds)), end="")
+
+
+@app.command()
+@_reported
 def predict(
-    task: Annotated[str, typer.Argument(help="fill-mask or text-generation")],
-    model: Annotated[str, typer.Argument(help="A model directory or a hub name.")],
+    task: Annotated[str, typer.Argument(help="fill-mask, text-classification, question-answering, ...")],
+    model: Annotated[str, typer.Argument(help="A model directory, a hub name, or a run directory.")],
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT...", help="Default: lines of standard input.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT|FILE]...",
+            help="Texts, or files of them: .txt and others (one a line), .jsonl, .csv, .tsv, .parquet. Default: lines "
+            'of standard input. A line may be a JSON object such as {"question": ..., "context": ...}; two texts '
+            "may also be parted by a tab.",
+        ),
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Answers for each mask (default 5), or tokens to draw from (default 50).")
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAME[,NAME]", help="Columns of a table or keys of JSON that hold the texts.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="How many answers; of generation, tokens to draw from.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="NAME=VALUE",
+            help="Any argument of the pipeline in Python, such as aggregation_strategy=simple.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of a generated text; default 256.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Generate the likeliest token each time.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Of generated text; default 0.7.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Generate from the best tokens that hold this share.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of generated text; default 0.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a text.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object an input.")] = False,
 ) -> None:
-    """Ask a model."""
-    from jaxptm.pipelines import PIPELINES, pipeline
+    """Ask a model. An input that cannot be answered is reported with its number, and the others are answered."""
+    from jaxptm.pipelines import PIPELINES
+    from jaxptm.pipelines.asking import ask, parse_options, read_inputs
 
-    texts = inputs or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    if not texts:
-        raise JaxptmError("no text given: pass it as arguments or on standard input.")
     generation: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy or None,
@@ -179,25 +211,25 @@ def predict(
         "top_p": top_p,
         "seed": seed,
     }
-    options = {name: value for name, value in generation.items() if value is not None}
-    if options and task in PIPELINES and task != "text-generation":
-        raise JaxptmError(f"--{next(iter(options)).replace('_', '-')} is for text-generation, not for {task}.")
-    if options.pop("greedy", False):
-        options["do_sample"] = False
-    options |= {} if top_k is None else {"top_k": top_k}
-    ask = pipeline(task, model)
-    results = ask(texts, **options) if len(texts) > 1 else [ask(texts[0], **options)]
-    for text, result in zip(texts, results, strict=True):
-        if as_json:
-            print(json.dumps({"input": text, "output": result}, ensure_ascii=False))
-            continue
-        if task == "text-generation":
-            print(result[0]["generated_text"])
-            continue
-        print(text)
-        masks = [result] if isinstance(result[0], dict) else result
-        for answers in masks:
-            print("  " + "   ".join(f"{answer['token_str']} {answer['score']:.1%}" for answer in answers))
+    settings = {name: value for name, value in generation.items() if value is not None}
+    if settings and task in PIPELINES and task != "text-generation":
+        raise JaxptmError(f"--{next(iter(settings)).replace('_', '-')} is for text-generation, not for {task}.")
+    if settings.pop("greedy", False):
+        settings["do_sample"] = False
+    settings |= {} if top_k is None else {"top_k": top_k}
+    settings |= parse_options(task, options or [])
+    failed = 0
+    for (where, given), output, lines in ask(task, model, read_inputs(task, inputs or [], columns), settings):
+        if isinstance(output, JaxptmError):
+            failed += 1
+            print(f"error: {where}: {output}", file=sys.stderr)
+        elif as_json:
+            print(json.dumps({"input": given, "output": output}, ensure_ascii=False), flush=True)
+        else:
+            print(*lines, sep="\n", flush=True)
+    if failed:
+        print(f"{failed} input(s) could not be answered", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

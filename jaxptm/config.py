@@ -411,6 +411,8 @@ class TrainConfig(Config):
                 raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")
             if name == "causal-lm" and data.format == "pairs":
                 raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` or packed")
+        elif self.train.eval_batches is not None:
+            raise ValueError("`train.eval_batches` is for text: figures over labelled data read all of it")
         if isinstance(data, TableData) and (data.choice_columns is not None) != (name == "multiple-choice"):
             raise ValueError("`data.choice_columns` is needed with `objective.name: multiple-choice`, and only there")
         return self

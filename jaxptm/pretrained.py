@@ -85,6 +85,13 @@ class Model:
         check_vocabulary(tokenizer, self.config, str(self.source))
         return tokenizer
 
+    @property
+    def labels(self) -> list[str]:
+        """The names of the outputs of a classifier, in their order; LABEL_0 and so on where config.json has none."""
+        count = self.config.num_labels
+        names = {int(key): str(name) for key, name in (self.hf_config.get("id2label") or {}).items()}
+        return [names[i] if len(names) == count and i in names else f"LABEL_{i}" for i in range(count)]
+
     def __call__(self, *, output_hidden_states: bool = False, **inputs: Any) -> Outputs:
         """Runs the model without dropout.
 

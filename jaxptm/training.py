@@ -408,9 +408,10 @@ def _cost(run: Run, mesh: Mesh) -> StepCost:
 
 def _results(run: Run, params: Params, mesh: Mesh, seconds: float, step: int, exported: int) -> dict[str, Any]:
     lines = read_metrics(run.directory / "metrics.jsonl")
-    newest: dict[str, float] = {}
-    for line in lines:
-        newest |= line
+
+    def newest(prefix: str, until: int) -> dict[str, float]:
+        values = [pair for line in lines if line["step"] <= until for pair in line.items()]
+        return {name.removeprefix(prefix): value for name, value in values if name.startswith(prefix)}
 
     def typical(name: str) -> float | None:
         values = [line[name] for line in lines if name in line]
@@ -432,8 +433,8 @@ def _results(run: Run, params: Params, mesh: Mesh, seconds: float, step: int, ex
         "finished": True,
         "step": step,
         "exported_step": exported,
-        "train": {name.removeprefix("train/"): value for name, value in newest.items() if name.startswith("train/")},
-        "eval": {name.removeprefix("eval/"): value for name, value in newest.items() if name.startswith("eval/")},
+        "train": newest("train/", step),
+        "eval": newest("eval/", exported),
         "tokens_per_second": typical("train/tokens_per_second"),
         "utilisation": typical("train/utilisation"),
         "seconds": seconds,

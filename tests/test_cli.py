@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jaxptm.cli import app
 
-COMMANDS = ("train", "evaluate", "predict", "prepare", "convert", "doctor")
+COMMANDS = ("train", "evaluate", "glue", "predict", "prepare", "convert", "doctor")
 
 
 def jaxptm(*arguments: str, text: str | None = None) -> tuple[int, str, str]:
@@ -81,6 +81,26 @@ def test_predict_prints_a_table_or_json_lines(model: Path) -> None:
         "token_str",
         "sequence",
     }
+
+
+def test_predict_reads_files_and_sets_bad_rows_aside(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('id,sentence\n1,the [MASK] sat\n2,the cat\n3\n4,"a [MASK], a dog"\n')
+    command = ("predict", "fill-mask", str(model), str(tmp_path / "rows.csv"), "--columns", "sentence", "--json")
+    status, out, err = jaxptm(*command, "-o", "top_k=2")
+    assert status == 1 and "Traceback" not in err
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["input"] for record in records] == ["the [MASK] sat", "a [MASK], a dog"]
+    assert all(len(record["output"]) == 2 for record in records)
+    assert "rows.csv:3: 'the cat' holds no mask token" in err and "rows.csv:4: has 1 fields, expected 2" in err
+    assert "2 input(s) could not be answered" in err
+    status, _, err = jaxptm(*command, "-o", "stride=2")
+    assert status == 1 and "fill-mask has no such argument, only top_k, targets, batch_size" in err
+
+
+def test_glue_wants_a_config_of_glue() -> None:
+    path = Path(__file__).parent.parent / "configs/finetune/squad.yaml"
+    status, _, err = jaxptm("glue", str(path))
+    assert status == 1 and "the config is not of GLUE" in err
 
 
 def test_predict_one_answer_to_one_text(model: Path) -> None:

@@ -18,8 +18,10 @@ from jaxtyping import Int
 
 from jaxptm.config import IGNORED
 
-SHAPES = 4
-"""Lengths that the examples of a data set are padded to."""
+SHAPES = 6
+"""Lengths that the examples of a data set are padded to, at most."""
+WORTH = 0.03
+"""Share of all positions that a further length must save; compiling a step for it takes as long as dozens of steps."""
 LENGTH_STEP = 8
 """Every such length is a multiple of this."""
 
@@ -168,7 +170,8 @@ class LengthBuckets:
 def bucket_lengths(lengths: Int[np.ndarray, " N"], shapes: int = SHAPES, step: int = LENGTH_STEP) -> list[int]:
     """At most `shapes` multiples of `step` to pad rows of these lengths to, such that least is padded in all.
 
-    Rows go to the smallest that holds them. By dynamic programming over the multiples that occur.
+    Rows go to the smallest that holds them. There are as many as save `WORTH` of the positions each. By dynamic
+    programming over the multiples that occur.
     """
     ceilings, counts = np.unique(-(-np.maximum(lengths, 1) // step) * step, return_counts=True)
     if not len(ceilings):
@@ -180,6 +183,8 @@ def bucket_lengths(lengths: Int[np.ndarray, " N"], shapes: int = SHAPES, step: i
     for _ in range(min(shapes, len(ceilings))):
         costs = best[:, None] + ceilings[None, :] * (total[None, 1:] - total[:, None])  # [first, last] -> one length
         costs[np.tril_indices(len(total), -1, len(ceilings))] = np.inf
+        if costs[:, -1].min() > (1 - WORTH) * best[-1]:
+            break
         chosen.append([0, *costs.argmin(axis=0).tolist()])
         best = np.concatenate([[0.0], costs.min(axis=0)])
     picked, end = [], len(ceilings)

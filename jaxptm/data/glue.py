@@ -137,7 +137,7 @@ def read_glue(data: GlueData, split: str) -> dict[str, GlueSplit]:
             names = task.header if split != "test" else None
             # QQP was released with a few broken rows.
             text = read_text(path)
-            table = read_delimited(str(path), text, "\t", quoted=False, names=names, skip_ragged=data.task == "qqp")
+            table = read_delimited(str(path), text, quoted=False, names=names, skip_ragged=data.task == "qqp")
             texts, label, index = list(task.texts), None if split == "test" else task.label, "index"
         numbers = table.columns.get(index) if split == "test" else None
         rows = [int(number) for number in numbers] if numbers is not None else list(range(len(table)))

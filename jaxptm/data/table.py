@@ -103,14 +103,13 @@ def read_table(source: str) -> Table:
         return Table(source, columns, range(1, 1 + len(next(iter(columns.values()), []))))
     text = read_text(path)
     if kind in (".csv", ".tsv"):
-        return read_delimited(source, text, "\t" if kind == ".tsv" else ",", quoted=kind == ".csv")
+        return read_delimited(source, text, quoted=kind == ".csv")
     return _read_jsonl(source, text) if kind == ".jsonl" else _read_conll(source, text)
 
 
 def read_delimited(
     source: str,
     text: str,
-    delimiter: str,
     *,
     quoted: bool,
     names: Sequence[str] | None = None,
@@ -119,6 +118,7 @@ def read_delimited(
     """A table whose first line names its columns, unless `names` does.
 
     Args:
+        quoted: see `delimited_rows`.
         skip_ragged: pass over rows with too few or too many fields, and say so.
 
     Raises:
@@ -127,7 +127,7 @@ def read_delimited(
     rows: list[list[str]] = []
     lines: list[int] = []
     ragged: list[int] = []
-    for line, row in _quoted(source, text, delimiter) if quoted else _unquoted(text, delimiter):
+    for line, row in delimited_rows(source, text, quoted=quoted):
         if names is None:
             names = row
         elif len(row) == len(names):
@@ -353,21 +353,26 @@ def read_text(path: Path) -> str:
         raise JaxptmError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def _quoted(source: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def delimited_rows(source: str, text: str, *, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+    """Lines and their fields; empty lines are passed over.
+
+    Args:
+        quoted: commas part the fields, which may be quoted (RFC 4180); otherwise tabs do, and quotes are characters.
+
+    Raises:
+        JaxptmError: a quote is not closed.
+    """
+    if not quoted:
+        yield from ((number, line.split("\t")) for number, line in _lines(text) if line)
+        return
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if row:
                 yield reader.line_num, row
     except csv.Error as error:
         raise JaxptmError(f"{source}:{reader.line_num}: {error}.") from error
-
-
-def _unquoted(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in _lines(text):
-        if line:
-            yield number, line.split(delimiter)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

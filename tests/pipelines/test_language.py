@@ -1,4 +1,4 @@
-"""Pipelines against those of transformers, on perturbed weights."""
+"""Masks filled and texts continued, against the pipelines of transformers."""
 
 from __future__ import annotations
 

@@ -1,29 +1,27 @@
-"""Models that answer: text in, results out, with the arguments and result dictionaries of `transformers.pipeline`."""
+"""Models of language: masks filled, and texts continued."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxptm.data.tokenizer import filler
-from jaxptm.pretrained import Model, from_pretrained
+from jaxptm.pipelines.base import LENGTH_STEP, Pipeline
+from jaxptm.pretrained import Model
 from jaxptm.types import JaxptmError
 
-LENGTH_STEP = 32
-"""Inputs are padded to a multiple of this, so that XLA compiles a few shapes and not one for each length."""
 
-
-class FillMask:
+class FillMask(Pipeline):
     """Fills the mask tokens of a text: `transformers.pipeline("fill-mask")`."""
 
     task = "masked-lm"
+    bare = True
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        super().__init__(model)
         if model.tokenizer.mask_token_id is None:
             raise JaxptmError(f"{model.source}: the tokenizer has no mask token, so there is nothing to fill.")
 
@@ -59,9 +57,14 @@ class FillMask:
             results += self._fill(texts[start : start + batch_size], top_k, chosen)
         return results[0] if len(texts) == 1 else results
 
+    def lines(self, given: Any, result: Any) -> Iterator[str]:
+        yield str(given)
+        for answers in [result] if isinstance(result[0], dict) else result:
+            yield "  " + "   ".join(f"{answer['token_str']} {answer['score']:.1%}" for answer in answers)
+
     def _fill(self, texts: list[str], top_k: int, chosen: np.ndarray | None) -> list[Any]:
         tokenizer, limit = self.model.tokenizer, self.model.config.max_length
-        encoded = tokenizer(texts)["input_ids"]
+        encoded = tokenizer(texts, verbose=False)["input_ids"]
         masks = [[at for at, token in enumerate(ids) if token == tokenizer.mask_token_id] for ids in encoded]
         for text, ids, positions in zip(texts, encoded, masks, strict=True):
             if not positions:
@@ -114,13 +117,13 @@ class FillMask:
         return np.array(list(dict.fromkeys(vocabulary[target] for target in targets)))
 
 
-class TextGeneration:
+class TextGeneration(Pipeline):
     """Continues texts: `transformers.pipeline("text-generation")`."""
 
     task = "causal-lm"
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        super().__init__(model)
         filler(model.tokenizer)  # fails here where texts of different length could not be batched
 
     def __call__(
@@ -136,6 +139,7 @@ class TextGeneration:
         return_full_text: bool = True,
         batch_size: int = 16,
         seed: int = 0,
+        first: int = 0,
     ) -> list[Any]:
         """Texts that begin with the given ones. The defaults are those of transformers, but for `seed`.
 
@@ -147,6 +151,7 @@ class TextGeneration:
             return_full_text: whether an answer begins with the text it continues.
             batch_size: rows that run at once.
             seed: the same seed gives the same answers, however they are batched.
+            first: number of the first text, for one who asks for some at a time.
 
         Returns:
             For a text a list of {"generated_text"}, one an answer; for a sequence of texts a list of such lists.
@@ -180,7 +185,7 @@ class TextGeneration:
             length = max(map(len, rows))
             ids = np.array([[fill] * (length - len(row)) + row for row in rows])
             mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-            out = self.model.generate(ids, mask, first_row=start, **settings)
+            out = self.model.generate(ids, mask, first_row=first * num_return_sequences + start, **settings)
             for at, row in enumerate(rows, start):
                 text = texts[at // num_return_sequences]
                 new = self._new_text(row, out[at - start, length:].tolist())
@@ -188,8 +193,12 @@ class TextGeneration:
         grouped = [answers[at : at + num_return_sequences] for at in range(0, len(answers), num_return_sequences)]
         return grouped[0] if isinstance(inputs, str) else grouped
 
+    def lines(self, given: Any, result: Any) -> Iterator[str]:
+        for answer in result:
+            yield answer["generated_text"]
+
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise JaxptmError(f"the text {text!r} is empty: give a beginning to continue.")
         if len(ids) >= self.model.config.max_length:
@@ -204,23 +213,3 @@ class TextGeneration:
         tokenizer = self.model.tokenizer
         before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + new))
         return whole[len(before) :]
-
-
-PIPELINES: dict[str, Any] = {"fill-mask": FillMask, "text-generation": TextGeneration}
-
-
-def pipeline(task: str, path: str | os.PathLike[str], **options: Any) -> Any:
-    """Opens a model for a task and returns a function of texts.
-
-    Args:
-        task: "fill-mask" (see `FillMask`) or "text-generation" (see `TextGeneration`).
-        path: a Hugging Face directory, a hub name, or the `model/` of a jaxptm run.
-        **options: of `from_pretrained`.
-
-    Raises:
-        JaxptmError: an unknown task, or a model that cannot be opened.
-    """
-    if task not in PIPELINES:
-        raise JaxptmError(f"there is no pipeline {task!r}; there is {', '.join(PIPELINES)}.")
-    kind = PIPELINES[task]
-    return kind(from_pretrained(path, kind.task, **options))
