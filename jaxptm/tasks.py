@@ -392,13 +392,13 @@ def _open_squad(data: SquadData, tokenizer: Any, training: bool) -> Task:
 
     def score(outputs: Outputs) -> dict[str, float]:
         found = answers(outputs)
-        figures = squad.squad_scores(questions, squad.chosen(questions, found, data))
+        figures = squad.squad_scores(questions, squad.chosen(questions, found, data), version_2=data.version_2)
         if not data.version_2:
             return figures
         # The best threshold is looked for among all of them, whatever the one of the predictions is.
         every = data.model_copy(update={"null_threshold": float("inf")})
         odds = {question.id: answer.null_odds for question, answer in zip(questions, found, strict=True)}
-        return squad.squad_scores(questions, squad.chosen(questions, found, every), odds) | figures
+        return squad.squad_scores(questions, squad.chosen(questions, found, every), odds, version_2=True) | figures
 
     def write(outputs: Outputs, directory: Path) -> None:
         squad.write_predictions(directory, questions, answers(outputs), data)

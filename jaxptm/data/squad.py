@@ -219,9 +219,13 @@ def chosen(questions: Sequence[Question], answers: Sequence[Answers], data: Squa
 
 
 def squad_scores(
-    questions: Sequence[Question], predictions: Mapping[str, str], null_odds: Mapping[str, float] | None = None
+    questions: Sequence[Question],
+    predictions: Mapping[str, str],
+    null_odds: Mapping[str, float] | None = None,
+    *,
+    version_2: bool,
 ) -> dict[str, float]:
-    """`exact_match` and `f1` in percent, as evaluate-v1.1.py and evaluate-v2.0.py of SQuAD compute them.
+    """`exact_match` and `f1` in percent, as evaluate-v1.1.py or, `version_2`, evaluate-v2.0.py of SQuAD computes them.
 
     A question without a prediction counts as wrong. Where some questions have no answer, also those figures over the
     questions with one (`has_answer_...`) and without (`no_answer_...`), and with `null_odds` the best that any
@@ -234,10 +238,12 @@ def squad_scores(
             missing += 1
             continue
         said = predictions[question.id]
-        # Where no answer is left once articles and punctuation are gone, the right one is none.
-        right = [text for text, _ in question.answers if normalised(text)] or [""]
-        exact[at] = max(normalised(text) == normalised(said) for text in right)
-        f1[at] = max(overlap(text, said) for text in right)
+        right = [text for text, _ in question.answers if normalised(text) or not version_2]
+        if right:
+            exact[at] = max(normalised(text) == normalised(said) for text in right)
+            f1[at] = max(overlap(text, said) for text in right)
+        else:  # no answer is left once articles and punctuation are gone, so none is right
+            exact[at] = f1[at] = not normalised(said)
     if missing:
         log.warning("%d question(s) have no prediction and count as wrong.", missing)
     figures = {"exact_match": 100 * float(exact.mean()), "f1": 100 * float(f1.mean())}
@@ -280,12 +286,10 @@ def normalised(text: str) -> str:
 
 
 def overlap(right: str, said: str) -> float:
-    """F1 of the words of two texts, as bags; of two of which one is empty, whether both are."""
+    """F1 of the words of two texts, as bags; 0 where there are none."""
     ours, theirs = normalised(said).split(), normalised(right).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
     common = (Counter(ours) & Counter(theirs)).total()
-    return 2 * common / (len(ours) + len(theirs))
+    return 2 * common / max(len(ours) + len(theirs), 1)
 
 
 def _best_threshold(

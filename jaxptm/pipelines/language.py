@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxptm.data.tokenizer import filler
-from jaxptm.pipelines.base import LENGTH_STEP, Pipeline
+from jaxptm.pipelines.base import LENGTH_STEP, Pipeline, window
 from jaxptm.pretrained import Model
 from jaxptm.types import JaxptmError
 
@@ -31,6 +31,7 @@ class FillMask(Pipeline):
         *,
         top_k: int = 5,
         targets: str | Sequence[str] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         batch_size: int = 16,
     ) -> list[Any]:
         """The likeliest tokens for each mask.
@@ -39,6 +40,7 @@ class FillMask(Pipeline):
             inputs: a text, or several, each with one or more mask tokens.
             top_k: how many tokens for each mask.
             targets: only these tokens are scored.
+            tokenizer_kwargs: for the tokenizer, such as {"truncation": True} to cut texts that are too long.
             batch_size: texts that run at once.
 
         Returns:
@@ -54,7 +56,7 @@ class FillMask(Pipeline):
         chosen = self._target_ids([targets] if isinstance(targets, str) else targets)
         results = []
         for start in range(0, len(texts), batch_size):
-            results += self._fill(texts[start : start + batch_size], top_k, chosen)
+            results += self._fill(texts[start : start + batch_size], top_k, chosen, dict(tokenizer_kwargs or {}))
         return results[0] if len(texts) == 1 else results
 
     def lines(self, given: Any, result: Any) -> Iterator[str]:
@@ -62,9 +64,13 @@ class FillMask(Pipeline):
         for answers in [result] if isinstance(result[0], dict) else result:
             yield "  " + "   ".join(f"{answer['token_str']} {answer['score']:.1%}" for answer in answers)
 
-    def _fill(self, texts: list[str], top_k: int, chosen: np.ndarray | None) -> list[Any]:
+    def _fill(
+        self, texts: list[str], top_k: int, chosen: np.ndarray | None, tokenizer_kwargs: dict[str, Any]
+    ) -> list[Any]:
         tokenizer, limit = self.model.tokenizer, self.model.config.max_length
-        encoded = tokenizer(texts, verbose=False)["input_ids"]
+        if tokenizer_kwargs.get("truncation"):
+            tokenizer_kwargs = {"max_length": window(self.model), **tokenizer_kwargs}
+        encoded = tokenizer(texts, verbose=False, **tokenizer_kwargs)["input_ids"]
         masks = [[at for at, token in enumerate(ids) if token == tokenizer.mask_token_id] for ids in encoded]
         for text, ids, positions in zip(texts, encoded, masks, strict=True):
             if not positions:
@@ -100,7 +106,10 @@ class FillMask(Pipeline):
                 "score": float(scores[token]),
                 "token": int(token),
                 "token_str": tokenizer.decode([token]),
-                "sequence": tokenizer.decode([*ids[:at], int(token), *ids[at + 1 :]], skip_special_tokens=alone),
+                "sequence": tokenizer.decode(
+                    [each for each in (*ids[:at], int(token), *ids[at + 1 :]) if each != tokenizer.pad_token_id],
+                    skip_special_tokens=alone,
+                ),
             }
             for token in best
         ]

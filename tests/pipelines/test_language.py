@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from pipeline_pairs import assert_close, opened, texts_of_all_lengths
 from reference import SMALL, perturbed
 
 import jaxptm
@@ -55,6 +56,17 @@ def test_fill_mask_answers_as_transformers_does(pair: tuple[Any, Any], text: Any
     ours, theirs = pair
     assert_same(ours(text), theirs(text))
     assert_same(ours(text, top_k=2), theirs(text, top_k=2))
+
+
+def test_two_hundred_texts_of_all_lengths(tmp_path: Path) -> None:
+    ours, theirs = opened(tmp_path, "fill-mask", "BertForMaskedLM")
+    texts = [
+        f"the [MASK] {text}" if i % 3 else f"the [MASK] [MASK] {text}"
+        for i, text in enumerate(texts_of_all_lengths(200, 60))
+    ]
+    options = {"top_k": 3, "tokenizer_kwargs": {"truncation": True}}
+    assert sum(len(ours.model.tokenizer(text)["input_ids"]) > 40 for text in texts) > 50
+    assert_close(ours(texts, **options), theirs(texts, **options))
 
 
 def test_targets(pair: tuple[Any, Any]) -> None:
