@@ -2,9 +2,9 @@
 
     python experiments/fine_tuning/epoch_time.py OUT.json ROUNDS init_from=MODEL data.path=GLUE [key.key=value ...]
 
-Each run is a process of its own, its time that of the whole process: imports, tokenizing, compiling, training, evaluation
-and writing the model (which the Trainer is not asked for). `default` is the Trainer as it comes, which draws its batches
-at random; `by length` has its sampler that groups texts of similar length. Nothing else should run meanwhile.
+Each run is a process of its own, its time that of the whole process: imports, tokenizing, compiling, training,
+evaluation and writing the model (which the Trainer is not asked for). `default` is the Trainer as it comes, which draws
+its batches at random; `by length` has its sampler that groups texts of similar length. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
