@@ -4,7 +4,7 @@
 
 Each run is a process of its own, its time that of the whole process: imports, tokenizing, compiling, training,
 evaluation and writing the model (which the Trainer is not asked for). `default` is the Trainer as it comes, which draws
-its batches at random; `by length` has its sampler that groups texts of similar length. Nothing else should run meanwhile.
+its batches at random; `by length` has its sampler that groups texts of similar length. Nothing else should run.
 """
 
 from __future__ import annotations
