@@ -263,7 +263,7 @@ def from_pretrained(
     seed: int = 0,
     new_head: bool = False,
 ) -> Model:
-    """Opens a Hugging Face model directory, a hub repository, or the `model/` of a jaxptm run.
+    """Opens a Hugging Face model directory, a hub repository, or the `model/` of a jaxptm run (or of its directory).
 
     Args:
         task: the head: None (bare encoder), "masked-lm", "pretraining", "next-sentence", "replaced-token", "causal-lm",

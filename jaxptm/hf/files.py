@@ -24,18 +24,21 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+POOLING_FILES = ("modules.json", "sentence_*_config.json", "*_Pooling/config.json")
+"""How sentence-transformers makes one vector of a text."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
-    """A local model directory: the path itself, or a snapshot of the hub repository with its weights.
+    """A local model directory: the path itself, the `model/` of a run, or a snapshot of the hub repository.
 
     Raises:
         JaxptmError: there is no such directory, and the hub cannot be reached or has no such repository.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
-        return path
+        own, of_run = path / "config.json", path / "model"
+        return of_run if not own.exists() and (of_run / "config.json").exists() else path
     if path.exists():
         raise JaxptmError(f"{path} is a file; name the model directory that holds config.json and the weights.")
     name = str(path_or_hub_id)
@@ -44,7 +47,8 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        path = Path(snapshot_download(name, allow_patterns=["config.json", *TOKENIZER_FILES, "model*.safetensors*"]))
+        wanted = ["config.json", *TOKENIZER_FILES, *POOLING_FILES, "model*.safetensors*"]
+        path = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(path.glob("model*.safetensors*")):
             snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
         return path

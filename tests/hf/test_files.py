@@ -255,7 +255,8 @@ def test_hub_names_without_a_network(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 def test_the_hub_is_asked_for_one_kind_of_weights(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {"config.json", "vocab.txt", "tf_model.h5", "flax_model.msgpack", kind}
+    pooling = {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    there = {"config.json", "vocab.txt", "tf_model.h5", "flax_model.msgpack", kind, "onnx/config.json", *pooling}
     if kind == "model.safetensors":
         there.add("pytorch_model.bin")
 
@@ -263,12 +264,23 @@ def test_the_hub_is_asked_for_one_kind_of_weights(kind: str, tmp_path: Path, mon
         assert name == "someone/something"
         for file in there:
             if any(Path(file).match(pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
                 (tmp_path / file).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert files.resolve("someone/something") == tmp_path
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "vocab.txt", kind}
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found - {"onnx/config.json"} == {"config.json", "vocab.txt", kind, *pooling}
+
+
+def test_the_directory_of_a_run_stands_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert files.resolve(tmp_path) == tmp_path
+    (tmp_path / "model/config.json").write_text("{}")
+    assert files.resolve(tmp_path) == tmp_path / "model"
+    (tmp_path / "config.json").write_text("{}")
+    assert files.resolve(tmp_path) == tmp_path
 
 
 def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
