@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import jax
 import numpy as np
 
 from jaxptm.data.examples import Examples
@@ -13,6 +14,7 @@ from jaxptm.data.tokenizer import filler
 from jaxptm.pretrained import Model
 from jaxptm.types import JaxptmError
 
+T = TypeVar("T")
 LENGTH_STEP = 32
 """Inputs are padded to a multiple of this, so that XLA compiles a few shapes and not one for each length."""
 
@@ -46,19 +48,20 @@ def window(model: Model) -> int:
 
 
 def run_rows(
-    model: Model, encoded: Mapping[str, Sequence[Sequence[int]]], names: Sequence[str], batch_size: int
-) -> list[list[np.ndarray]]:
-    """Outputs of the model for each row, in the order of the rows.
+    model: Model,
+    encoded: Mapping[str, Sequence[Sequence[int]]],
+    take: Callable[[Mapping[str, np.ndarray], int], T],
+    batch_size: int,
+) -> list[T]:
+    """What is taken of the outputs of the model for each row, in the order of the rows.
 
     Rows of similar length run together. A batch has `batch_size` rows or, at the end, the next power of two, and a
     multiple of `LENGTH_STEP` tokens.
 
     Args:
         encoded: token ids by name, as a tokenizer returns them without padding.
-        names: of the outputs.
-
-    Returns:
-        For each name [...] of each row; an output for each token is longer than its row by the padding.
+        take: what to keep of the outputs for one row, by name, and its length; an output for each token is longer than
+            that by the padding.
 
     Raises:
         JaxptmError: a row is longer than the model.
@@ -70,7 +73,7 @@ def run_rows(
     if len(lengths) and lengths.max() > limit:
         raise JaxptmError(f"input {int(lengths.argmax())} has {lengths.max()} tokens, the model takes {limit}.")
     order = np.argsort(lengths, kind="stable")
-    results = [[np.empty(0)] * len(order) for _ in names]
+    results: dict[int, T] = {}
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         rows = min(batch_size, 1 << (len(chosen) - 1).bit_length())
@@ -78,8 +81,7 @@ def run_rows(
         # A row of nothing but padding has nothing to attend to; a copy of the first one costs the same.
         filled = np.concatenate([chosen, np.full(rows - len(chosen), chosen[0])])
         batch: dict[str, Any] = examples.batch(filled, length, filler(model.tokenizer))
-        said = model(**batch)
-        for name, found in zip(names, results, strict=True):
-            for place, value in zip(chosen, np.asarray(said[name]), strict=False):
-                found[place] = value
-    return results
+        outputs = jax.device_get(dict(model(**batch)))
+        for at, place in enumerate(chosen.tolist()):
+            results[place] = take({name: values[at] for name, values in outputs.items()}, int(lengths[place]))
+    return [results[place] for place in range(len(order))]

@@ -63,7 +63,7 @@ class TextClassification(Pipeline):
         functions = {"sigmoid": expit, "softmax": softmax, "none": np.asarray}
         if function not in functions:
             raise JaxptmError(f"function_to_apply is {function!r}, expected one of {', '.join(functions)}.")
-        (logits,) = run_rows(self.model, self._encode(given, truncation), ["logits"], batch_size)
+        logits = run_rows(self.model, self._encode(given, truncation), lambda out, _: out["logits"], batch_size)
         ranked = [self._ranked(functions[function](row)) for row in logits]
         if top_k == "":
             best = [answers[0] for answers in ranked]
@@ -200,7 +200,7 @@ class TokenClassification(Pipeline):
             is_split_into_words=is_split_into_words,
         )
         owners = encoded.pop("overflow_to_sample_mapping", list(range(len(given))))
-        (logits,) = run_rows(self.model, encoded, ["logits"], batch_size)
+        logits = run_rows(self.model, encoded, lambda out, length: out["logits"][:length], batch_size)
         texts = [delimiter.join(words) for words in given] if is_split_into_words else given
         found: list[list[list[dict[str, Any]]]] = [[] for _ in given]
         for at, owner in enumerate(owners):
@@ -318,7 +318,7 @@ class ReplacedToken(Pipeline):
         )
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             _check_length(self.model, text, len(ids))
-        (logits,) = run_rows(self.model, encoded, ["logits"], batch_size)
+        logits = run_rows(self.model, encoded, lambda out, length: out["logits"][:length], batch_size)
         results = []
         for at, row in enumerate(logits):
             rows = (encoded[name][at] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))

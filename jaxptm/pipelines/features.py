@@ -62,12 +62,14 @@ class FeatureExtraction(Pipeline):
                 f"a text has {longest} tokens, the model takes {self.model.config.max_length}; pass truncation=True, "
                 "or shorten it."
             )
-        (hidden,) = run_rows(self.model, encoded, ["last_hidden_state"], batch_size)
-        rows = [row[: len(ids)] for row, ids in zip(hidden, encoded["input_ids"], strict=True)]
         if steps is None:
-            nested = [[row.tolist()] for row in rows]
+            nested = run_rows(
+                self.model, encoded, lambda out, length: [out["last_hidden_state"][:length].tolist()], batch_size
+            )
             return nested[0] if isinstance(inputs, str) else nested
-        vectors = np.array([steps(row) for row in rows]).reshape(len(rows), -1)
+        pool = steps  # of each batch at once: the vectors of all tokens of many texts are too many to keep
+        rows = run_rows(self.model, encoded, lambda out, length: pool(out["last_hidden_state"][:length]), batch_size)
+        vectors = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
         return vectors[0] if isinstance(inputs, str) else vectors
 
     def lines(self, given: Any, result: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxptm.pipelines.base import Pipeline, run_rows, window
 from jaxptm.types import JaxptmError
@@ -72,12 +72,17 @@ class QuestionAnswering(Pipeline):
         if not asked:
             return []
         encoded = self._encode(asked, length, stride)
-        starts, ends = run_rows(self.model, encoded, ["start_logits", "end_logits"], batch_size)
+        logits = run_rows(
+            self.model,
+            encoded,
+            lambda out, length: (out["start_logits"][:length], out["end_logits"][:length]),
+            batch_size,
+        )
         answers: list[list[dict[str, Any]]] = [[] for _ in asked]
         nothing = [1.0] * len(asked)
         for at, owner in enumerate(encoded["overflow_to_sample_mapping"]):
             of_context = np.array([part == 1 for part in encoded.sequence_ids(at)])
-            first, last = (_shares(row[at], of_context) for row in (starts, ends))
+            first, last = (_shares(values, of_context) for values in logits[at])
             nothing[owner] = min(nothing[owner], float(first[0] * last[0]))
             # Some may become one when they are aligned.
             spans = _best_spans(first, last, of_context, max_answer_len, top_k * 2 + 10 if align_to_words else top_k)
@@ -144,11 +149,11 @@ def _pairs(
     return pairs
 
 
-def _shares(logits: Float[np.ndarray, " L"], of_context: np.ndarray) -> Float[np.ndarray, " l"]:
+def _shares(logits: Float[np.ndarray, " L"], of_context: Bool[np.ndarray, " L"]) -> Float[np.ndarray, " L"]:
     """Softmax over the context and the first token, which stands for no answer."""
     allowed = of_context.copy()
     allowed[0] = True
-    values = np.where(allowed, np.asarray(logits[: len(allowed)], np.float64), -np.inf)
+    values = np.where(allowed, logits.astype(np.float64), -np.inf)
     shares = np.exp(values - values.max())
     return shares / shares.sum()
 

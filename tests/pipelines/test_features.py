@@ -52,6 +52,7 @@ def test_pooling_is_that_of_sentence_transformers(tmp_path: Path, ways: list[str
     found = ours(texts, pooling=True)
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     np.testing.assert_allclose(ours(texts[0], pooling=True), wanted[0], atol=1e-4)
+    assert ours([], pooling=True).shape[0] == 0 and ours([]) == []
 
 
 def test_what_cannot_be_pooled_is_an_error(tmp_path: Path) -> None:
