@@ -92,7 +92,11 @@ def test_the_table_of_given_figures() -> None:
     runs = [result("mnli", 0, mnli)]
     runs += [result("rte", seed, {"accuracy": value, "score": value}) for seed, value in enumerate((0.6, 0.7, 0.5))]
     table = summary(runs)
-    assert table["tasks"]["mnli"]["score"] == {"median": pytest.approx(0.85), "std": None, "values": [0.85]}
+    assert table["tasks"]["mnli"]["score"] == {
+        "median": pytest.approx(0.85),
+        "std": None,
+        "values": [pytest.approx(0.85)],
+    }
     assert list(table["tasks"]["mnli"]["figures"]) == ["accuracy", "mismatched/accuracy"]
     assert table["tasks"]["rte"]["score"]["median"] == 0.6
     assert table["tasks"]["rte"]["score"]["std"] == pytest.approx(0.1)

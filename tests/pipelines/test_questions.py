@@ -108,7 +108,7 @@ def searched(
     [
         {},
         {"top_k": 3},
-        {"top_k": 4, "handle_impossible_answer": True},
+        {"top_k": 25, "handle_impossible_answer": True},
         {"align_to_words": False, "max_answer_len": 4},
         {"top_k": 2, "max_seq_len": 30, "doc_stride": 5},
     ],
