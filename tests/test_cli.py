@@ -94,7 +94,7 @@ def test_predict_reads_files_and_sets_bad_rows_aside(model: Path, tmp_path: Path
     assert "rows.csv:3: 'the cat' holds no mask token" in err and "rows.csv:4: has 1 fields, expected 2" in err
     assert "2 input(s) could not be answered" in err
     status, _, err = jaxptm(*command, "-o", "stride=2")
-    assert status == 1 and "fill-mask has no such argument, only top_k, targets, batch_size" in err
+    assert status == 1 and "fill-mask has no such argument, only top_k, targets, tokenizer_kwargs, batch_size" in err
 
 
 def test_glue_wants_a_config_of_glue() -> None:
