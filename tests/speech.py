@@ -37,10 +37,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "base": {},
     "large": {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True},
 }
-NO_DROPOUT = dict.fromkeys(
-    ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"),
-    0.0,
-)
+DROPOUTS = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout final_dropout layerdrop".split()
+NO_DROPOUT: dict[str, Any] = dict.fromkeys(DROPOUTS, 0.0)
 SAMPLES = 603
 """An odd number: the last samples make no whole frame in any of the convolutions."""
 LENGTHS = (603, 350, 41)

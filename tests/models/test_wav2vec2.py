@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -50,6 +51,10 @@ def frames_of(config: Any, samples: int) -> int:
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1
     return samples
+
+
+def on_device(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 def assert_agree(ours: Any, theirs: Any, arrays: dict[str, np.ndarray]) -> None:
@@ -144,7 +149,7 @@ def test_gradients_of_ctc_agree_with_torch(style: str, tmp_path: Path) -> None:
     import optax
 
     theirs = speech.saved(tmp_path, "ctc", **speech.STYLES[style])
-    arrays = speech.inputs(padded=True) | {}
+    arrays = speech.inputs(padded=True)
     ours = from_pretrained(tmp_path, "ctc")
     labels = np.random.default_rng(2).integers(1, 11, (3, 6))
     labels[1, 4:] = labels[2, 1:] = -100
@@ -158,11 +163,13 @@ def test_gradients_of_ctc_agree_with_torch(style: str, tmp_path: Path) -> None:
     lengths = np.array([frames_of(theirs.config, n) for n in speech.LENGTHS])
     padding = np.arange(masked.shape[1])[None] >= lengths[:, None]
 
+    arrays["mask_time_indices"] = masked
+    ready = on_device(arrays)
+
     def loss(params: Any) -> Any:
-        logits = ours.module.apply({"params": params}, **arrays, mask_time_indices=masked)["logits"]
+        logits = ours.module.apply({"params": params}, **ready)["logits"]
         return optax.ctc_loss(logits, padding.astype(np.float32), labels, (labels < 0).astype(np.float32)).sum()
 
-    arrays["attention_mask"] = arrays["attention_mask"].astype(np.int32)
     found, gradient = jax.jit(jax.value_and_grad(loss))(ours.params)
     assert found == pytest.approx(out.loss.item(), rel=1e-5)
     assert_gradients_agree(ours, theirs, gradient)
@@ -176,7 +183,6 @@ def test_training_of_the_contrastive_head_agrees_with_torch(
     theirs = speech.saved(tmp_path, "contrastive", **speech.STYLES[style], **speech.NO_DROPOUT).train()
     theirs.set_gumbel_temperature(1.5)
     ours, arrays = from_pretrained(tmp_path, "contrastive"), speech.inputs(padded=True)
-    arrays["attention_mask"] = arrays["attention_mask"].astype(np.int32)
     rng, frames = np.random.default_rng(3), frames_of(theirs.config, speech.SAMPLES)
     arrays["mask_time_indices"] = rng.random((3, frames)) < 0.4
     noise = rng.gumbel(size=(3, frames, 3, 7)).astype(np.float32)
@@ -191,9 +197,11 @@ def test_training_of_the_contrastive_head_agrees_with_torch(
         out.projected_states.sin().sum() + out.projected_quantized_states.sin().sum() + out.codevector_perplexity
     ).backward()
 
+    ready = on_device({**arrays, "gumbel_noise": noise})
+
     def loss(params: Any) -> Any:
-        said = ours.module.apply({"params": params}, **arrays, train=True, gumbel_noise=noise, temperature=1.5)
-        whole = sum(jax.numpy.sin(said[f"projected_{name}"]).sum() for name in ("states", "quantized_states"))
+        said = ours.module.apply({"params": params}, **ready, train=True, temperature=1.5)
+        whole = sum(jnp.sin(said[f"projected_{name}"]).sum() for name in ("states", "quantized_states"))
         return whole + said["codevector_perplexity"], said
 
     (_, said), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(ours.params)
@@ -349,5 +357,5 @@ def test_scanned_layers_give_the_same(tmp_path: Path) -> None:
     speech.saved(tmp_path, **speech.STYLES["large"])
     ours, arrays = from_pretrained(tmp_path), speech.inputs(padded=False)
     scanned = AudioModel(ours.config, None, Execution(scan=True, remat=True))
-    found = scanned.apply({"params": stacked(ours.params)}, **arrays)
+    found = scanned.apply({"params": stacked(ours.params)}, **on_device(arrays))
     np.testing.assert_allclose(found["last_hidden_state"], ours(**arrays).last_hidden_state, atol=TOLERANCE)
