@@ -1,11 +1,11 @@
-"""A step of wav2vec 2.0, forward and backward, beside transformers + torch; and the forms of its positions' convolution.
+"""A step of wav2vec 2.0, forward and backward, beside transformers + torch; and forms of its positions' convolution.
 
     python benchmarks/speech_step.py [--preset wav2vec2-base] [--rows B] [--seconds S] [--repeats R] [--layers N]
 
 The loss is the mean square of the last hidden state, without dropout, in float32; weights are random and equal on both
-sides, and the gradients are compared before anything is timed. The forms of the grouped convolution (see `FORMS`) run on
-the preset's frames, width, groups and taps; their outputs and gradients are compared with torch's, too. All take turns;
-counted are medians, and medians of the ratios to torch's turn of the same round. Prints JSON.
+sides, and the gradients are compared before anything is timed. The forms of the grouped convolution (see `FORMS`) run
+on the preset's frames, width, groups and taps; their outputs and gradients are compared with torch's, too. All take
+turns; counted are medians, and medians of the ratios to torch's turn of the same round. Prints JSON.
 """
 
 from __future__ import annotations

@@ -224,6 +224,8 @@ class Model:
             self.tokenizer.save_pretrained(directory)
         elif self.source is not None:
             files.copy_tokenizer(self.source, directory)
+        if self.source is not None:
+            files.copy_processor(self.source, directory)
 
 
 def from_pretrained(
@@ -241,8 +243,8 @@ def from_pretrained(
 
     Args:
         task: the head: None (bare encoder), "masked-lm", "pretraining", "next-sentence", "replaced-token", "causal-lm",
-            "sequence-classification", "token-classification", "multiple-choice", "question-answering", or "auto": what
-            config.json says.
+            "sequence-classification", "token-classification", "multiple-choice", "question-answering", "ctc",
+            "contrastive", or "auto": what config.json says.
         num_labels: of a classification head; default what config.json says.
         dtype: of the computation.
         param_dtype: of the parameters.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""What is done to audio before a model hears it."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -43,8 +45,9 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
         raise JaxptmError(f"{name}: there is no such directory.")
     from huggingface_hub import snapshot_download
 
+    small = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES)
     try:
-        path = Path(snapshot_download(name, allow_patterns=["config.json", *TOKENIZER_FILES, "model*.safetensors*"]))
+        path = Path(snapshot_download(name, allow_patterns=[*small, "model*.safetensors*"]))
         if not any(path.glob("model*.safetensors*")):
             snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
         return path
@@ -149,8 +152,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the tokenizer files that `source` has."""
+    _copy(source, target, TOKENIZER_FILES)
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copies what `source` says of the preparation of audio."""
+    _copy(source, target, PROCESSOR_FILES)
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in names:
         if (source / name).exists() and source.resolve() != target.resolve():
             shutil.copyfile(source / name, target / name)
 

@@ -422,3 +422,34 @@ class AudioModel(PretrainedModule):
         if output_hidden_states:
             out["hidden_states"] = states
         return out
+
+
+def forward_flops(config: AudioConfig, task: str | None, rows: int, samples: int, targets: int) -> float:
+    """Floating point operations of the convolutions and matrix products of a forward pass, two a multiply-add.
+
+    Counted as `jaxptm.nn.text.forward_flops` counts; the codebooks' usage is left out.
+
+    Args:
+        samples: of a row, padding included.
+        targets: frames a row that the contrastive head runs on.
+    """
+    width, frames, below, convolved = config.hidden_size, samples, 1, 0
+    for inner, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+        frames = (frames - kernel) // stride + 1
+        convolved += frames * kernel * below * inner
+        below = inner
+    positions = config.num_conv_pos_embeddings * width**2 // config.num_conv_pos_embedding_groups
+    layer = 4 * width**2 + 2 * width * config.intermediate_size + 2 * frames * width
+    total = convolved + frames * (below * width + positions + config.num_hidden_layers * layer)
+    match task:
+        case "ctc":
+            total += frames * width * config.vocab_size
+        case "sequence-classification":
+            averaged = (config.num_hidden_layers + 1) * width if config.use_weighted_layer_sum else 0
+            total += frames * (averaged + width * config.classifier_proj_size)
+            total += config.classifier_proj_size * config.num_labels
+        case "contrastive":
+            entries = config.num_codevector_groups * config.num_codevectors_per_group
+            quantised = below * entries + config.num_codevectors_per_group * config.codevector_dim
+            total += targets * (quantised + (width + config.codevector_dim) * config.proj_codevector_dim)
+    return 2.0 * rows * total

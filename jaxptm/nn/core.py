@@ -256,7 +256,7 @@ class Transformer(nn.Module):
         def through(layer: Any, x: Array, cache: Cache | None = None) -> tuple[Array, Any]:
             out, cache = layer(x, mask, cache)
             if train and self.config.layerdrop:
-                # Computed all the same: a branch would save the time of a dropped layer alone, and costs a scan more.
+                # What is dropped is computed all the same: devices and a scan run one program.
                 stays = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.config.layerdrop)
                 out = jnp.where(stays, out, x)
             return out, cache

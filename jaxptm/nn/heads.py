@@ -127,7 +127,7 @@ class FrameClassifier(nn.Module):
 class ContrastiveHead(nn.Module):
     """Frames that the transformer saw masked, and the quantised ones that they are to be found among.
 
-    Baevski et al. 2020, section 3.2; both in float32, in one width.
+    Baevski et al. 2020, section 3.2. Both are float32 and of one width.
 
     Attributes:
         groups: codebooks.

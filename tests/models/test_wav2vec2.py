@@ -250,6 +250,16 @@ def test_a_checkpoint_without_a_mask_embedding_gets_one(tmp_path: Path, caplog: 
     assert ours.params["mask_embedding"]["embedding"].shape == (1, 32)
 
 
+def test_orbax_and_back(tmp_path: Path) -> None:
+    speech.saved(tmp_path / "theirs", "contrastive")
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text("{}")
+    ours = from_pretrained(tmp_path / "theirs", "contrastive")
+    ours.save_orbax(tmp_path / "orbax")
+    again = from_pretrained(tmp_path / "orbax", "auto")
+    oracle.assert_equal(flatten(again.params), flatten(ours.params))
+    assert (tmp_path / "orbax" / "preprocessor_config.json").read_text() == "{}"
+
+
 def test_a_new_head_keeps_the_mask_embedding(tmp_path: Path) -> None:
     speech.saved(tmp_path, "ctc")
     old, new = (flatten(from_pretrained(tmp_path, "ctc", new_head=fresh).params) for fresh in (False, True))
@@ -292,21 +302,27 @@ def test_a_speech_model_has_no_text_head(tmp_path: Path) -> None:
 # Sizes
 
 
-@pytest.mark.parametrize(
-    ("preset", "task", "millions"),
-    [
-        ("wav2vec2-base", "contrastive", 95.0),  # Baevski et al. 2020, section 4.2: 95M and 317M
-        ("wav2vec2-large", "contrastive", 317.4),
-        ("wav2vec2-large-lv60", "contrastive", 317.4),
-        ("hubert-base", None, 94.4),
-        ("hubert-large", None, 315.4),
-        ("wav2vec2-tiny", "contrastive", 4.1),
-    ],
-)
-def test_presets_have_their_sizes(preset: str, task: str | None, millions: float) -> None:
+SIZES: dict[str, tuple[str | None, float]] = {
+    # Head, parameters in millions. Baevski et al. 2020, section 4.2, says 95M and 317M, Hsu et al. 2021, table 1, the same.
+    "wav2vec2-base": ("contrastive", 95.0),
+    "wav2vec2-large": ("contrastive", 317.4),
+    "wav2vec2-large-lv60": ("contrastive", 317.4),
+    "hubert-base": (None, 94.4),
+    "hubert-large": (None, 315.4),
+    "wav2vec2-tiny": ("contrastive", 4.1),
+}
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_presets_have_their_sizes(preset: str) -> None:
+    task, millions = SIZES[preset]
     family, config = PRESETS[preset]
     shapes = jax.tree.leaves(abstract_params(family.module(config, task, Execution())))
     assert sum(leaf.size for leaf in shapes) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_every_preset_is_counted() -> None:
+    assert set(SIZES) == {name for name, (family, _) in PRESETS.items() if family.module is AudioModel}
 
 
 @pytest.mark.parametrize("preset", ["wav2vec2-tiny", "wav2vec2-large-lv60", "hubert-base"])

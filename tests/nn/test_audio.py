@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxptm.models.params import abstract_params
-from jaxptm.nn.audio import AudioConfig, AudioModel, ConvPositions, FeatureEncoder
+from jaxptm.nn.audio import AudioConfig, AudioModel, ConvPositions, FeatureEncoder, forward_flops
 from jaxptm.nn.core import Execution, Transformer, stack_layers
 from jaxptm.types import JaxptmError, Params
 
@@ -207,6 +208,30 @@ def test_the_feature_penalty_is_the_mean_square_of_the_convolutions() -> None:
     np.testing.assert_allclose(
         run(SMALL, "contrastive", params)["feature_penalty"], (np.asarray(convolved) ** 2).mean(-1), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        (None, {}),
+        ("ctc", {}),
+        ("sequence-classification", {"num_labels": 5}),
+        ("sequence-classification", {"use_weighted_layer_sum": True}),
+        ("contrastive", {}),
+    ],
+)
+def test_flops_are_those_of_the_products_in_the_program(task: str | None, changes: dict[str, Any]) -> None:
+    config, rows, targets = SMALL.model_copy(update=changes), 2, 4
+    options = {"target_positions": jnp.zeros((rows, targets), jnp.int32)} if task == "contrastive" else {}
+    operations = oracle.equations(lambda params: run(config, task, params, **options), params_of(config, task))
+    counted = oracle.product_flops(operations)
+    for operation in operations:
+        if operation.primitive.name == "conv_general_dilated":
+            kernel, out = operation.invars[1].aval.shape, operation.outvars[0].aval.shape
+            counted += 2 * kernel[0] * kernel[1] * math.prod(out)
+    if task == "contrastive":  # the two means over the targets
+        counted -= 2 * 2 * rows * targets * config.num_codevector_groups * config.num_codevectors_per_group
+    assert forward_flops(config, task, rows, 301, targets) == counted
 
 
 # Training
