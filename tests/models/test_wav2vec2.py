@@ -303,7 +303,7 @@ def test_a_speech_model_has_no_text_head(tmp_path: Path) -> None:
 
 
 SIZES: dict[str, tuple[str | None, float]] = {
-    # Head, parameters in millions. Baevski et al. 2020, section 4.2, says 95M and 317M, Hsu et al. 2021, table 1, the same.
+    # Head, and parameters in millions (Baevski et al. 2020, section 4.2, and Hsu et al. 2021, table 1: 95 and 317).
     "wav2vec2-base": ("contrastive", 95.0),
     "wav2vec2-large": ("contrastive", 317.4),
     "wav2vec2-large-lv60": ("contrastive", 317.4),
