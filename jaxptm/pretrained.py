@@ -23,6 +23,7 @@ from jaxptm.hf import table as weights
 from jaxptm.models import FAMILIES, PRESETS, Family
 from jaxptm.models.params import abstract_params, flatten, initialise, unflatten, unstacked
 from jaxptm.nn.core import Execution
+from jaxptm.nn.model import ModelConfig, PretrainedModule
 from jaxptm.nn.text import TextConfig, TextModel
 from jaxptm.types import JaxptmError, Params
 
@@ -34,7 +35,7 @@ ORBAX_PARAMS = "params"
 
 BODY = ("embeddings", "embeddings_project", "encoder")
 """Top-level modules of a model that belong to no head."""
-KEPT = (*BODY, "pooler")
+KEPT = (*BODY, "pooler", "mask_embedding")
 """What a new head still stands on."""
 
 
@@ -64,9 +65,9 @@ class Model:
     """
 
     family: Family
-    config: TextConfig
+    config: ModelConfig
     task: str | None
-    module: TextModel
+    module: PretrainedModule
     params: Params
     source: Path | None = None
     hf_config: Mapping[str, Any] = field(default_factory=dict)
@@ -92,21 +93,33 @@ class Model:
         names = {int(key): str(name) for key, name in (self.hf_config.get("id2label") or {}).items()}
         return [names[i] if len(names) == count and i in names else f"LABEL_{i}" for i in range(count)]
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row may have.
+
+        Raises:
+            JaxptmError: the model reads no text.
+        """
+        if not isinstance(self.config, TextConfig):
+            raise JaxptmError(f"a {self.family.model_type} reads audio and no text; choose another model.")
+        return self.config.max_length
+
     def __call__(self, *, output_hidden_states: bool = False, **inputs: Any) -> Outputs:
         """Runs the model without dropout.
 
         Args:
             output_hidden_states: also return the embeddings and the output of every layer.
-            **inputs: arrays of one shape [B, L] (multiple-choice: [B, C, L]): `input_ids`, and if wanted
-                `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids`; and `mlm_positions` [B, P], where
-                alone a language-model head runs.
+            **inputs: arrays, named as in transformers. Of text `input_ids` [B, L] (multiple-choice: [B, C, L]), and if
+                wanted `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids` of the same shape, and
+                `mlm_positions` [B, P], where alone a language-model head runs. Of speech `input_values` [B, T] at
+                16 kHz, and if wanted `attention_mask` [B, T], `mask_time_indices` [B, F] and `mask_feature_indices`
+                [B, D].
 
         Raises:
-            JaxptmError: an input without a name here, of another shape, or with an id outside its table.
+            JaxptmError: an input without a name here, of another shape, or of values that the model cannot take.
         """
         arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
-        self._check(arrays)
-        arrays = {name: value.astype(np.int32) for name, value in arrays.items()}
+        arrays = self.config.checked_inputs(self.task, arrays)
         return Outputs(self._apply(self.params, arrays, output_hidden_states))
 
     def generate(
@@ -132,6 +145,8 @@ class Model:
             eos_token_id: default what config.json says; [] for rows that never end.
             pad_token_id: default what config.json says, or else the end token.
         """
+        if not isinstance(self.module, TextModel):
+            raise JaxptmError(f"a {self.family.model_type} does not generate text.")
         sampling = None
         if do_sample:
             every = self.config.vocab_size
@@ -155,47 +170,6 @@ class Model:
             return self.module.apply({"params": params}, **inputs, output_hidden_states=output_hidden_states)
 
         return jax.jit(apply, static_argnums=2)
-
-    def _check(self, arrays: Mapping[str, np.ndarray]) -> None:
-        if "input_ids" not in arrays:
-            raise JaxptmError("give the model `input_ids`, an integer array of shape [batch, length].")
-        ids = arrays["input_ids"]
-        axes = "[batch, choices, length]" if self.task == "multiple-choice" else "[batch, length]"
-        if ids.ndim != axes.count(",") + 1:
-            raise JaxptmError(f"`input_ids` has shape {list(ids.shape)}, expected {axes}.")
-        # XLA clamps or wraps an index outside a table without a word, so look before.
-        limits = {
-            "input_ids": self.config.vocab_size,
-            "token_type_ids": self.config.type_vocab_size,
-            "position_ids": self.config.max_position_embeddings,
-            "attention_mask": 2,
-            "segment_ids": np.iinfo(np.int32).max,
-            "mlm_positions": ids.shape[-1],
-        }
-        for name, array in arrays.items():
-            if name not in limits:
-                raise JaxptmError(f"the model has no input `{name}`, only {', '.join(limits)}.")
-            fits = array.shape[:-1] == ids.shape[:-1] if name == "mlm_positions" else array.shape == ids.shape
-            if not fits:
-                raise JaxptmError(f"`{name}` has shape {list(array.shape)}, `input_ids` {list(ids.shape)}.")
-            if array.dtype.kind not in "iub":
-                raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
-            if name == "token_type_ids" and not limits[name]:
-                if array.any():
-                    raise JaxptmError(
-                        f"`{name}` goes from {array.min()} to {array.max()}; the model tells no types apart: leave "
-                        "them out."
-                    )
-                continue
-            if array.size and not 0 <= array.min() <= array.max() < limits[name]:
-                raise JaxptmError(
-                    f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}."
-                )
-        if "position_ids" not in arrays and ids.shape[-1] > self.config.max_length:
-            raise JaxptmError(
-                f"the input is {ids.shape[-1]} tokens long, the model takes {self.config.max_length}; "
-                "truncate it (tokenizer(..., truncation=True))."
-            )
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json, safetensors and the tokenizer files that transformers opens with no key to spare.
@@ -250,6 +224,8 @@ class Model:
             self.tokenizer.save_pretrained(directory)
         elif self.source is not None:
             files.copy_tokenizer(self.source, directory)
+        if self.source is not None:
+            files.copy_processor(self.source, directory)
 
 
 def from_pretrained(
@@ -267,8 +243,8 @@ def from_pretrained(
 
     Args:
         task: the head: None (bare encoder), "masked-lm", "pretraining", "next-sentence", "replaced-token", "causal-lm",
-            "sequence-classification", "token-classification", "multiple-choice", "question-answering", or "auto": what
-            config.json says.
+            "sequence-classification", "token-classification", "multiple-choice", "question-answering", "ctc",
+            "contrastive", or "auto": what config.json says.
         num_labels: of a classification head; default what config.json says.
         dtype: of the computation.
         param_dtype: of the parameters.
@@ -300,7 +276,8 @@ def from_pretrained(
     if new_head:
         aside = {row.theirs for row in family.table(config, task).rows if row.paths[0].split("/")[0] not in KEPT}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in aside}
-    if task is None and config.pooler and not any(name.startswith(f"{family.prefix}pooler.") for name in tensors):
+    pooled = any(name.startswith(f"{family.prefix}pooler.") for name in tensors)
+    if task is None and isinstance(config, TextConfig) and config.pooler and not pooled:
         config = config.model_copy(update={"pooler": False})
 
     module = family.module(config, task, execution)
@@ -327,7 +304,7 @@ def read_family(directory: Path) -> tuple[Family, dict[str, Any]]:
     return FAMILIES[name], hf_config
 
 
-def read_config(family: Family, hf_config: Mapping[str, Any], directory: Path) -> TextConfig:
+def read_config(family: Family, hf_config: Mapping[str, Any], directory: Path) -> ModelConfig:
     """Our config from a config.json."""
     path = directory / "config.json"
     try:
@@ -338,7 +315,7 @@ def read_config(family: Family, hf_config: Mapping[str, Any], directory: Path) -
 
 def model_config(
     model: str | Mapping[str, Any], vocab_size: int, pad_token_id: int | None = None
-) -> tuple[Family, TextConfig]:
+) -> tuple[Family, ModelConfig]:
     """The model of a training config: a preset, a directory or hub name, or `{preset: ..., field: value}`.
 
     Args:
@@ -374,7 +351,7 @@ def model_config(
     return family, config
 
 
-def check_vocabulary(tokenizer: Any, config: TextConfig, source: str) -> None:
+def check_vocabulary(tokenizer: Any, config: ModelConfig, source: str) -> None:
     """Raises JaxptmError where the tokenizer has ids that the model has no embedding for."""
     if len(tokenizer) > config.vocab_size:
         raise JaxptmError(
@@ -393,7 +370,7 @@ def _declared_task(family: Family, hf_config: Mapping[str, Any], directory: Path
     )
 
 
-def _restore_orbax(path: Path, family: Family, config: TextConfig) -> dict[str, np.ndarray]:
+def _restore_orbax(path: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
     """The parameters under the names of the weight tables of all heads; one that none of them knows keeps its own."""
     import orbax.checkpoint as ocp
 

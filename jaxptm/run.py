@@ -296,6 +296,8 @@ def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, TextModel]:
     """
     family, model = model_config(config.model, len(tokenizer), tokenizer.pad_token_id)
     task = config.objective.name
+    if family.module is not TextModel:
+        raise JaxptmError(f"model: a {family.model_type} reads audio, and objective.name {task!r} learns from text.")
     if task not in family.architectures:
         tasks = ", ".join(str(name) for name in family.architectures if name is not None)
         raise JaxptmError(f"objective.name: a {family.model_type} does not learn {task!r}; it learns {tasks}.")

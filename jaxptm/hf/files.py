@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ TOKENIZER_FILES = (
 )
 POOLING_FILES = ("modules.json", "sentence_*_config.json", "*_Pooling/config.json")
 """How sentence-transformers makes one vector of a text."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""What is done to audio before a model hears it."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -46,9 +48,9 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
         raise JaxptmError(f"{name}: there is no such directory.")
     from huggingface_hub import snapshot_download
 
+    small = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES)
     try:
-        wanted = ["config.json", *TOKENIZER_FILES, *POOLING_FILES, "model*.safetensors*"]
-        path = Path(snapshot_download(name, allow_patterns=wanted))
+        path = Path(snapshot_download(name, allow_patterns=[*small, "model*.safetensors*"]))
         if not any(path.glob("model*.safetensors*")):
             snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
         return path
@@ -153,8 +155,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the tokenizer files that `source` has."""
+    _copy(source, target, TOKENIZER_FILES)
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copies what `source` says of the preparation of audio."""
+    _copy(source, target, PROCESSOR_FILES)
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in names:
         if (source / name).exists() and source.resolve() != target.resolve():
             shutil.copyfile(source / name, target / name)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxptm.models import albert, bert, distilbert, electra, gpt2, roberta
+from jaxptm.models import albert, bert, distilbert, electra, gpt2, roberta, wav2vec2
 from jaxptm.models.family import Family
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.model import ModelConfig
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -16,6 +16,8 @@ FAMILIES: dict[str, Family] = {
         gpt2.FAMILY,
         albert.FAMILY,
         distilbert.FAMILY,
+        wav2vec2.FAMILY,
+        wav2vec2.HUBERT_FAMILY,
     )
 }
 PRESETS = {name: (family, config) for family in FAMILIES.values() for name, config in family.presets.items()}
@@ -23,6 +25,6 @@ PRESETS = {name: (family, config) for family in FAMILIES.values() for name, conf
 __all__ = ["FAMILIES", "PRESETS", "Family", "family_of"]
 
 
-def family_of(config: TextConfig) -> Family:
+def family_of(config: ModelConfig) -> Family:
     """The family that a config belongs to."""
     return next(family for family in FAMILIES.values() if type(config) is family.config)

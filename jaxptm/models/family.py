@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxptm.hf.table import Table
-from jaxptm.nn.text import TextConfig, TextModel
+from jaxptm.nn.model import ModelConfig, PretrainedModule
+from jaxptm.nn.text import TextModel
 
-OURS = ("norm", "pooler", "num_labels")
-"""Fields that config.json does not have under any name, or has in another form."""
+TENSORFLOW_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,29 @@ class Family:
         prefix: what their names of the encoder begin with in a model that has a head.
         bare: what their names of the encoder begin with where that prefix is missing.
         renamed: our field -> their key of config.json, where the names differ; the others are the same.
+        values: our field -> our value -> their value, where the values differ.
+        legacy: parts of names that old checkpoints spell otherwise -> how they are spelled now.
         fixed: their key -> the only value that jaxptm computes.
         module: the Flax module, called as `module(config, task, execution)`.
     """
 
     model_type: str
-    config: type[TextConfig]
+    config: type[ModelConfig]
     presets: Mapping[str, Any]
     architectures: Mapping[str | None, str]
     table: Callable[[Any, str | None], Table]
     prefix: str
     bare: tuple[str, ...]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    legacy: Mapping[str, str] = field(default_factory=lambda: TENSORFLOW_NAMES)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    module: type[TextModel] = TextModel
+    module: type[PretrainedModule] = TextModel
 
     def modern_name(self, name: str) -> str:
-        """Spells TensorFlow-era norm names, and the names of a bare encoder, as those of a model with a head."""
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        """Spells the names of old checkpoints, and those of a bare encoder, as a model with a head does today."""
+        for old, new in self.legacy.items():
+            name = name.replace(old, new)
         return f"{self.prefix}{name}" if name.startswith(self.bare) else name
 
     def from_hf(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,19 +60,35 @@ class Family:
         for key, usual in self.fixed.items():
             if theirs.get(key, usual) != usual:
                 raise ValueError(f"`{key}: {theirs[key]}` is not supported, only {usual!r}")
-        keys = {name: self.renamed.get(name, name) for name in self.config.model_fields if name not in OURS}
-        fields = {name: theirs[key] for name, key in keys.items() if key in theirs}
+        fields = {}
+        for name in self.config.model_fields:
+            their_key = self._key(name)
+            if their_key is not None and their_key in theirs:
+                fields[name] = self._our_value(name, theirs[their_key])
         if theirs.get("id2label"):
             fields["num_labels"] = len(theirs["id2label"])
         return fields
 
-    def to_hf(self, config: TextConfig) -> dict[str, Any]:
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of config.json that `config` decides."""
-        ours = config.model_dump(exclude=set(OURS))
-        # What transformers has no key for is left out where it says nothing.
-        silent = [name for name in ("embedding_size", "embedding_dropout_prob", "type_vocab_size") if not ours[name]]
-        theirs = {self.renamed.get(name, name): value for name, value in ours.items() if name not in silent}
+        theirs = {}
+        for name, value in config.model_dump().items():
+            key = self._key(name)
+            if key is not None and (value or name not in config.optional_keys):
+                theirs[key] = self.values[name][value] if name in self.values else value
         if config.num_labels != 2:
             theirs["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
             theirs["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
         return theirs
+
+    def _key(self, name: str) -> str | None:
+        """The key of config.json that holds our field `name`."""
+        return self.renamed.get(name, None if name in self.config.own_fields else name)
+
+    def _our_value(self, name: str, value: Any) -> Any:
+        if name not in self.values:
+            return value
+        for ours, theirs in self.values[name].items():
+            if theirs == value:
+                return ours
+        raise ValueError(f"`{self._key(name)}: {value}` is not one of {list(self.values[name].values())}")

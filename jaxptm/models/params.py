@@ -7,33 +7,31 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxptm.nn.core import stack_layers, unstack_layers
-from jaxptm.nn.text import TextModel
+from jaxptm.nn.model import PretrainedModule
 from jaxptm.types import Array, Params
 
 Tree = TypeVar("Tree")
 
 
-def initialise(module: TextModel, key: Array, only: list[str] | None = None) -> Params:
+def initialise(module: PretrainedModule, key: Array, only: list[str] | None = None) -> Params:
     """Fresh parameters, in one compiled call; of the top-level modules `only` where given."""
     wanted = (lambda params: {name: params[name] for name in only}) if only else (lambda params: params)
     return jax.jit(lambda key: wanted(_init(module, key)))(key)
 
 
-def abstract_params(module: TextModel) -> Params:
+def abstract_params(module: PretrainedModule) -> Params:
     """Shapes and dtypes of a module's parameters, without computing any."""
     return jax.eval_shape(lambda: _init(module, jax.random.key(0)))
 
 
-def _init(module: TextModel, key: Array) -> Params:
-    shape = (1, 2, 8) if module.task == "multiple-choice" else (1, 8)
+def _init(module: PretrainedModule, key: Array) -> Params:
     # By a scan in any case: it compiles in a time that does not grow with the layers, and a run begins with the same
     # parameters whether it scans its layers or not.
     scanned = module.clone(execution=replace(module.execution, scan=True, remat=False))
-    params = scanned.init(key, jnp.zeros(shape, jnp.int32))["params"]
+    params = scanned.init(key, module.example())["params"]
     return params if module.execution.scan else unstacked(params)
 
 

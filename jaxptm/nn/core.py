@@ -50,12 +50,18 @@ class TransformerConfig(Config):
     hidden_act: str = "gelu"
     hidden_dropout_prob: Share = 0.1
     attention_probs_dropout_prob: Share = 0.1
+    activation_dropout: Share = 0.0
+    """Dropout inside of the feed-forward layers, behind their activation."""
+    layerdrop: Share = 0.0
+    """How often training leaves a layer out, for all rows at once (Fan et al. 2019)."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     norm: Literal["post", "pre"] = "post"
     """`post`: norm(x + f(x)). `pre`: x + f(norm(x)), with one more norm after the last layer."""
     shared_layer: ClassVar[bool] = False
     """One layer's parameters serve all layers (ALBERT)."""
+    normed_states: ClassVar[bool] = True
+    """The last hidden state on request is the normed one of a `pre` model, too, and not what its last layer gave."""
 
     def initializer(self, *, residual: bool = False) -> nn.initializers.Initializer:
         """How kernels and tables begin: BERT's normal, cut off at two sigma.
@@ -104,7 +110,7 @@ class Cache(NamedTuple):
 
 
 def visible_keys(
-    mask: Int[Array, "B K"] | None,
+    mask: Int[Array, "B K"] | Bool[Array, "B K"] | None,
     segment_ids: Int[Array, "B K"] | None = None,
     causal: Bool[Array, "Q K"] | None = None,
 ) -> Bool[Array, "#B 1 #Q K"] | None:
@@ -147,7 +153,7 @@ class Layer(nn.Module):
         return Attention(self.config, self.execution, self.train, name="attention")(x, mask, cache)
 
     def mlp(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return Mlp(self.config, self.execution, name="mlp")(x)
+        return Mlp(self.config, self.execution, self.train, name="mlp")(x)
 
 
 class PostNormLayer(Layer):
@@ -202,17 +208,15 @@ class Attention(Layer):
         return dense(self.config, self.execution, self.config.hidden_size, "output", residual=True)(mixed), cache
 
 
-class Mlp(nn.Module):
+class Mlp(Layer):
     """down(activation(up(x)))"""
-
-    config: TransformerConfig
-    execution: Execution
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        up = dense(self.config, self.execution, self.config.intermediate_size, "up")
+        up = self.dense(self.config.intermediate_size, "up")
         down = dense(self.config, self.execution, self.config.hidden_size, "down", residual=True)
-        return down(ACTIVATIONS[self.config.hidden_act](up(x)))
+        inner = ACTIVATIONS[self.config.hidden_act](up(x))
+        return down(nn.Dropout(self.config.activation_dropout, deterministic=not self.train)(inner))
 
 
 class Transformer(nn.Module):
@@ -248,6 +252,15 @@ class Transformer(nn.Module):
             )
             kind = nn.remat(kind, prevent_cse=not self.execution.scan, policy=policy)
         states = [x]
+
+        def through(layer: Any, x: Array, cache: Cache | None = None) -> tuple[Array, Any]:
+            out, cache = layer(x, mask, cache)
+            if train and self.config.layerdrop:
+                # What is dropped is computed all the same: devices and a scan run one program.
+                stays = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.config.layerdrop)
+                out = jnp.where(stays, out, x)
+            return out, cache
+
         shared = kind(self.config, self.execution, train, name="shared_layer") if self.config.shared_layer else None
         if self.execution.scan:
             if caches is not None:
@@ -255,7 +268,7 @@ class Transformer(nn.Module):
             layers = shared or kind(self.config, self.execution, train, name="layers")
 
             def body(layer: nn.Module, x: Array, _: None) -> tuple[Array, Array | None]:
-                x, _ = layer(x, mask)
+                x, _ = through(layer, x)
                 return x, x if output_hidden_states else None
 
             scan = nn.scan(
@@ -272,13 +285,14 @@ class Transformer(nn.Module):
             filled = []
             for index in range(self.config.num_hidden_layers):
                 layer = shared or kind(self.config, self.execution, train, name=f"layer_{index}")
-                x, cache = layer(x, mask, None if caches is None else caches[index])
+                x, cache = through(layer, x, None if caches is None else caches[index])
                 states.append(x)
                 filled.append(cache)
             caches = None if caches is None else tuple(filled)
         if self.config.norm == "pre":
             x = layer_norm(self.config, self.execution, "norm")(x)
-            states[-1] = x
+            if self.config.normed_states:
+                states[-1] = x
         return x, tuple(states) if output_hidden_states else (), caches
 
 
@@ -297,6 +311,17 @@ def dense(
         dtype=execution.dtype,
         param_dtype=execution.param_dtype,
         kernel_init=config.initializer(residual=residual),
+        name=name,
+    )
+
+
+def linear(execution: Execution, features: int, name: str) -> nn.Dense:
+    """A dense layer outside of the transformer that begins as those of torch do, uniform in 1 / sqrt(inputs)."""
+    return nn.Dense(
+        features,
+        dtype=execution.dtype,
+        param_dtype=execution.param_dtype,
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
         name=name,
     )
 

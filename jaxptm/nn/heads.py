@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from jaxptm.nn.core import ACTIVATIONS, Execution, TransformerConfig, dense, layer_norm
+from jaxptm.nn.core import ACTIVATIONS, Execution, TransformerConfig, dense, layer_norm, linear
+from jaxptm.nn.quantizer import GumbelQuantizer, perplexity
 from jaxptm.types import Array
 
 
@@ -91,3 +94,80 @@ class Classifier(nn.Module):
     def __call__(self, hidden: Float[Array, "*R D"], *, train: bool) -> Float[Array, "*R K"]:
         x = nn.Dropout(self.dropout, deterministic=not train)(hidden)
         return dense(self.config, self.execution, self.labels, "dense", use_bias=self.use_bias)(x).astype(jnp.float32)
+
+
+class FrameClassifier(nn.Module):
+    """W mean(P h + b) + c over the frames that are no padding; returns float32 logits (Yang et al. 2021, SUPERB)."""
+
+    config: TransformerConfig
+    execution: Execution
+    width: int
+    labels: int
+
+    @nn.compact
+    def __call__(
+        self, states: tuple[Float[Array, "B F D"], ...], real: Bool[Array, "B F"] | None
+    ) -> Float[Array, "B K"]:
+        """Classifies rows.
+
+        Args:
+            states: one, or all hidden states, of which a learned average is taken.
+            real: which frames are no padding; default all.
+        """
+        (x, *others) = states
+        if others:
+            alike = nn.initializers.constant(1 / len(states))
+            shares = nn.softmax(self.param("scale", alike, (len(states),), self.execution.param_dtype))
+            x = jnp.einsum("s,sbfd->bfd", shares.astype(x.dtype), jnp.stack(states))
+        x = dense(self.config, self.execution, self.width, "project")(x).astype(jnp.float32)
+        mean = jnp.mean(x, axis=1, where=None if real is None else real[..., None])
+        return dense(self.config, self.execution, self.labels, "dense")(mean).astype(jnp.float32)
+
+
+class ContrastiveHead(nn.Module):
+    """Frames that the transformer saw masked, and the quantised ones that they are to be found among.
+
+    Baevski et al. 2020, section 3.2. Both are float32 and of one width.
+
+    Attributes:
+        groups: codebooks.
+        entries: of each codebook.
+        quantized_width: of a quantised frame, all codebooks together.
+        width: in which the two are compared.
+    """
+
+    execution: Execution
+    groups: int
+    entries: int
+    quantized_width: int
+    width: int
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Float[Array, "B P D"],
+        features: Float[Array, "B P E"],
+        weights: Float[Array, "B P"],
+        *,
+        temperature: float | Float[Array, ""],
+        noise: Float[Array, "B P G N"] | None,
+        train: bool,
+    ) -> dict[str, Any]:
+        """For the arguments see `GumbelQuantizer`.
+
+        Returns `projected_states` and `projected_quantized_states` [B, P, W], `codevector_perplexity` (of the
+        probabilities in training, of the codes otherwise, summed over the codebooks), and of `Quantized` the rest as
+        `codes`, `code_usage` and `code_probabilities`.
+        """
+        quantizer = GumbelQuantizer(self.groups, self.entries, self.quantized_width, self.execution, name="quantizer")
+        quantized = quantizer(features, weights, temperature=temperature, noise=noise, train=train)
+        seen = quantized.probabilities if train else quantized.usage
+        project = {name: linear(self.execution, self.width, name) for name in ("hidden", "quantized")}
+        return {
+            "projected_states": project["hidden"](hidden).astype(jnp.float32),
+            "projected_quantized_states": project["quantized"](quantized.vectors).astype(jnp.float32),
+            "codevector_perplexity": jnp.sum(perplexity(seen.value)),
+            "codes": quantized.codes,
+            "code_usage": quantized.usage,
+            "code_probabilities": quantized.probabilities,
+        }

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 
 from jaxptm.config import Positive, Share
-from jaxptm.nn.core import Cache, Execution, Transformer, TransformerConfig, dense, layer_norm, visible_keys
+from jaxptm.nn.core import Cache, Execution, Transformer, dense, layer_norm, visible_keys
 from jaxptm.nn.heads import CausalLmHead, Classifier, MlmHead, Pooler, ReplacedTokenHead
-from jaxptm.types import Array
+from jaxptm.nn.model import ModelConfig, PretrainedModule
+from jaxptm.types import Array, JaxptmError
 
 TASKS = (
     "masked-lm",
@@ -30,7 +33,7 @@ PRETRAINING_TASKS = ("masked-lm", "pretraining", "replaced-token", "causal-lm")
 POOLED_TASKS = ("pretraining", "next-sentence", "sequence-classification", "multiple-choice")
 
 
-class TextConfig(TransformerConfig):
+class TextConfig(ModelConfig):
     """A transformer over token ids."""
 
     vocab_size: Positive = 30522
@@ -44,10 +47,16 @@ class TextConfig(TransformerConfig):
     tie_word_embeddings: bool = True
     classifier_dropout: Share | None = None
     """Dropout under a classification head; `hidden_dropout_prob` where it is null."""
-    num_labels: Positive = 2
     pooler: bool = True
     """Whether the bare encoder has a pooler; heads that need one have it regardless."""
 
+    own_fields: ClassVar[tuple[str, ...]] = (*ModelConfig.own_fields, "pooler")
+    optional_keys: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.optional_keys,
+        "embedding_size",
+        "embedding_dropout_prob",
+        "type_vocab_size",
+    )
     causal: ClassVar[bool] = False
     """A token attends to those before it; a row is classified by its last token."""
     embedding_norm: ClassVar[bool] = True
@@ -100,6 +109,57 @@ class TextConfig(TransformerConfig):
             return 0.0
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
+    def checked_inputs(self, task: str | None, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs of a call, as int32.
+
+        Args:
+            arrays: integers of one shape [B, L] (multiple-choice: [B, C, L]): `input_ids`, and if wanted
+                `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids`; and `mlm_positions` [B, P].
+
+        Raises:
+            JaxptmError: an input without a name here, of another shape, or with an id outside its table.
+        """
+        if "input_ids" not in arrays:
+            raise JaxptmError("give the model `input_ids`, an integer array of shape [batch, length].")
+        ids = arrays["input_ids"]
+        axes = "[batch, choices, length]" if task == "multiple-choice" else "[batch, length]"
+        if ids.ndim != axes.count(",") + 1:
+            raise JaxptmError(f"`input_ids` has shape {list(ids.shape)}, expected {axes}.")
+        # XLA clamps or wraps an index outside a table without a word, so look before.
+        limits = {
+            "input_ids": self.vocab_size,
+            "token_type_ids": self.type_vocab_size,
+            "position_ids": self.max_position_embeddings,
+            "attention_mask": 2,
+            "segment_ids": np.iinfo(np.int32).max,
+            "mlm_positions": ids.shape[-1],
+        }
+        for name, array in arrays.items():
+            if name not in limits:
+                raise JaxptmError(f"the model has no input `{name}`, only {', '.join(limits)}.")
+            fits = array.shape[:-1] == ids.shape[:-1] if name == "mlm_positions" else array.shape == ids.shape
+            if not fits:
+                raise JaxptmError(f"`{name}` has shape {list(array.shape)}, `input_ids` {list(ids.shape)}.")
+            if array.dtype.kind not in "iub":
+                raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
+            if name == "token_type_ids" and not limits[name]:
+                if array.any():
+                    raise JaxptmError(
+                        f"`{name}` goes from {array.min()} to {array.max()}; the model tells no types apart: leave "
+                        "them out."
+                    )
+                continue
+            if array.size and not 0 <= array.min() <= array.max() < limits[name]:
+                raise JaxptmError(
+                    f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}."
+                )
+        if "position_ids" not in arrays and ids.shape[-1] > self.max_length:
+            raise JaxptmError(
+                f"the input is {ids.shape[-1]} tokens long, the model takes {self.max_length}; "
+                "truncate it (tokenizer(..., truncation=True))."
+            )
+        return {name: array.astype(np.int32) for name, array in arrays.items()}
+
 
 class TextEmbeddings(nn.Module):
     """norm(token + position + type), with dropout. `table` is what a language-model head ties to.
@@ -151,15 +211,14 @@ class TextEmbeddings(nn.Module):
         return self.dropout(x, deterministic=not train)
 
 
-class TextModel(nn.Module):
-    """An encoder or decoder with the head of `task` (None: without one).
-
-    Outputs are named as in transformers. All logits are float32.
-    """
+class TextModel(PretrainedModule):
+    """An encoder or decoder with the head of `task`. All logits are float32."""
 
     config: TextConfig
-    task: str | None = None
-    execution: Execution = Execution()
+
+    def example(self) -> Int[Array, "*C L"]:
+        """Eight tokens of one row."""
+        return jnp.zeros((1, 2, 8) if self.task == "multiple-choice" else (1, 8), jnp.int32)
 
     @nn.compact
     def __call__(

@@ -44,7 +44,7 @@ class Pipeline(ABC):
 
 def window(model: Model) -> int:
     """Tokens that the model and its tokenizer take."""
-    return min(model.config.max_length, int(model.tokenizer.model_max_length))
+    return min(model.max_length, int(model.tokenizer.model_max_length))
 
 
 def run_rows(
@@ -68,7 +68,7 @@ def run_rows(
     """
     if batch_size < 1:
         raise JaxptmError(f"batch_size is {batch_size}, expected at least 1.")
-    examples, limit = Examples.of(encoded), model.config.max_length
+    examples, limit = Examples.of(encoded), model.max_length
     lengths = examples.lengths
     if len(lengths) and lengths.max() > limit:
         raise JaxptmError(f"input {int(lengths.argmax())} has {lengths.max()} tokens, the model takes {limit}.")

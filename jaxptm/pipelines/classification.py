@@ -345,9 +345,9 @@ class ReplacedToken(Pipeline):
 
 
 def _check_length(model: Model, text: str, length: int) -> None:
-    if length > model.config.max_length:
+    if length > model.max_length:
         raise JaxptmError(
-            f"{text[:60]!r}...: {length} tokens, the model takes {model.config.max_length}; pass truncation=True, or "
+            f"{text[:60]!r}...: {length} tokens, the model takes {model.max_length}; pass truncation=True, or "
             "shorten the text."
         )
 

@@ -57,9 +57,9 @@ class FeatureExtraction(Pipeline):
         else:
             encoded = self.model.tokenizer(texts, verbose=False) if texts else {"input_ids": []}
         longest = max(map(len, encoded["input_ids"]), default=0)
-        if longest > self.model.config.max_length:
+        if longest > self.model.max_length:
             raise JaxptmError(
-                f"a text has {longest} tokens, the model takes {self.model.config.max_length}; pass truncation=True, "
+                f"a text has {longest} tokens, the model takes {self.model.max_length}; pass truncation=True, "
                 "or shorten it."
             )
         if steps is None:

@@ -67,7 +67,7 @@ class FillMask(Pipeline):
     def _fill(
         self, texts: list[str], top_k: int, chosen: np.ndarray | None, tokenizer_kwargs: dict[str, Any]
     ) -> list[Any]:
-        tokenizer, limit = self.model.tokenizer, self.model.config.max_length
+        tokenizer, limit = self.model.tokenizer, self.model.max_length
         if tokenizer_kwargs.get("truncation"):
             tokenizer_kwargs = {"max_length": window(self.model), **tokenizer_kwargs}
         encoded = tokenizer(texts, verbose=False, **tokenizer_kwargs)["input_ids"]
@@ -175,7 +175,7 @@ class TextGeneration(Pipeline):
             )
         prompts = [self._encode(text) for text in texts for _ in range(num_return_sequences)]
         if max_new_tokens is None:
-            room = self.model.config.max_length - max(map(len, prompts), default=0)
+            room = self.model.max_length - max(map(len, prompts), default=0)
             max_new_tokens = min(256, max(room, 1))
         fill, end = filler(self.model.tokenizer), self.model.tokenizer.eos_token_id
         settings: dict[str, Any] = {
@@ -210,9 +210,9 @@ class TextGeneration(Pipeline):
         ids: list[int] = self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise JaxptmError(f"the text {text!r} is empty: give a beginning to continue.")
-        if len(ids) >= self.model.config.max_length:
+        if len(ids) >= self.model.max_length:
             raise JaxptmError(
-                f"{text[:60]!r}...: {len(ids)} tokens, the model takes {self.model.config.max_length}, new ones "
+                f"{text[:60]!r}...: {len(ids)} tokens, the model takes {self.model.max_length}, new ones "
                 "included; shorten the text."
             )
         return ids
