@@ -31,7 +31,8 @@ from jaxptm.config import (
 from jaxptm.data.batching import Rows
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.examples import LengthBuckets
-from jaxptm.data.prepare import Progress, prepare
+from jaxptm.data.prepare import prepare
+from jaxptm.data.shards import Progress
 from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenStream
 from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
 from jaxptm.hosts import exchange, is_main, together
