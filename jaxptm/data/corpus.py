@@ -68,6 +68,11 @@ class Manifest:
         """Sum over shards of `documents`, `sentences`, `tokens` (separators included) or `bytes`."""
         return sum(getattr(shard, count) for shard in self.splits[split])
 
+    def summary(self, split: str) -> str:
+        """What the split holds, for people."""
+        counts = ("documents", "sentences", "tokens", "bytes")
+        return ", ".join(f"{self.total(count, split):,} {count}" for count in counts)
+
     def damage(self, directory: str | Path) -> str | None:
         """The first shard file that is missing or has another size than when it was written."""
         shards = (shard for shards in self.splits.values() for shard in shards)
