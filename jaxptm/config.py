@@ -195,12 +195,12 @@ class AudioData(Config):
 def _data_kind(data: Any) -> str:
     """Which kind of data some fields describe, by the keys that only it has."""
     keys = set(data) if isinstance(data, dict) else set(getattr(type(data), "model_fields", ()))
+    if keys & {"train", "eval", "max_seconds", "vocabulary"}:
+        return "audio"
     if keys & {"task", "path"}:
         return "glue"
     if keys & {"text_columns", "choice_columns", "label_column"}:
         return "table"
-    if keys & {"train", "eval", "max_seconds", "vocabulary"}:
-        return "audio"
     return "squad" if keys & {"train_file", "eval_file"} and "files" not in keys else "text"
 
 

@@ -140,7 +140,7 @@ class Preprocessor:
         path = Path(directory) / "preprocessor_config.json"
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
-    def __call__(self, audio: Sequence[Float32[np.ndarray, "?T"]]) -> dict[str, np.ndarray]:
+    def __call__(self, audio: Sequence[Float32[np.ndarray, " _"]]) -> dict[str, np.ndarray]:
         """`input_values` [B, T] and, where the model is told, `attention_mask` [B, T], as transformers pads a batch.
 
         There, a model that is not told of padding has it normalised along with the utterance; to keep the rows of a

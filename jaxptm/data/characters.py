@@ -107,11 +107,14 @@ class Characters:
         text = unicodedata.normalize("NFC", text)
         if self.ignore:
             text = text.translate({ord(character): None for character in self.ignore})
-        return self._case(" ".join(text.split()))
+        # Of a few letters, such as ΰ, the other case is several characters that compose again.
+        return " ".join(unicodedata.normalize("NFC", self._case(text)).split())
 
     @cached_property
     def _case(self) -> Callable[[str], str]:
-        upper, lower = any(map(str.isupper, self.ids)), any(map(str.islower, self.ids))
+        # By what changes: º is a lower-case letter that has no upper case.
+        upper = any(character.lower() != character for character in self.ids)
+        lower = any(character.upper() != character for character in self.ids)
         return str if upper == lower else str.upper if upper else str.lower
 
     def outside(self, text: str) -> list[str]:

@@ -95,7 +95,7 @@ class Examples:
 class Plan(NamedTuple):
     """An epoch: which examples make each of its S batches (-1: a row of padding), and the length of their rows."""
 
-    examples: list[Int[np.ndarray, "?B"]]
+    examples: list[Int[np.ndarray, " _"]]
     lengths: Int[np.ndarray, " S"]
 
 

@@ -150,7 +150,7 @@ def open_speech(
     return Speech(train, held_out, vocabulary, labels)
 
 
-def transcripts(recordings: Recordings, vocabulary: Characters) -> list[Int32[np.ndarray, "?U"]]:
+def transcripts(recordings: Recordings, vocabulary: Characters) -> list[Int32[np.ndarray, " _"]]:
     """The ids of each utterance's transcript."""
     return [vocabulary.encode(text or "") for text in recordings.texts]
 
