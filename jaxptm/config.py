@@ -173,8 +173,8 @@ class AudioData(Config):
     max_seconds: Annotated[float, Field(gt=0)] = 20.0
     """`contrastive` draws so much of what is longer, at random and anew each epoch; for all else that is unusable."""
     unusable: Literal["skip", "error"] = "skip"
-    """What to do with audio that is damaged, silent of samples, too short or too long, and with transcripts that are
-    missing or have characters outside the vocabulary: leave out, with a count of each kind in the log, or refuse."""
+    """What to do with audio that is damaged, empty, too short or too long, and with transcripts that are missing or
+    have characters outside the vocabulary: leave out, with a count of each kind in the log, or refuse."""
     batches: Literal["samples", "rows"] = "samples"
     """`samples`: `train.batch_size` of the longest utterances make a batch, and of shorter ones as many times more as
     have no more samples (wav2vec 2.0 and fairseq count so); `rows`: `train.batch_size` of any length."""
