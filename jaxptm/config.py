@@ -166,7 +166,8 @@ class AudioData(Config):
     labels: list[str] | None = None
     """Names of the classes, in the order of the head; default those of the model, or else what `train` holds."""
     vocabulary: str | None = None
-    """Of the transcripts: a `vocab.json`, a directory or hub name with one, or `characters`: those of `train`."""
+    """Of the transcripts (`ctc`): a `vocab.json`, a directory or hub name with one, or `characters`: those of `train`;
+    default that of the model."""
     ignore_characters: str = ""
     """Taken out of all transcripts, such as `,.;:!?`."""
     min_seconds: Annotated[float, Field(ge=0)] = 0.1
@@ -480,8 +481,8 @@ class TrainConfig(Config):
                 raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` or packed")
         elif self.train.eval_batches is not None and not isinstance(data, AudioData):
             raise ValueError("`train.eval_batches` is for text: figures over labelled data read all of it")
-        if isinstance(data, AudioData) and (data.vocabulary is not None) != (name == "ctc"):
-            raise ValueError("`data.vocabulary` is needed with `objective.name: ctc`, and only there")
+        if isinstance(data, AudioData) and data.vocabulary is not None and name != "ctc":
+            raise ValueError("`data.vocabulary` is of transcripts, which only `objective.name: ctc` reads")
         if isinstance(data, TableData) and (data.choice_columns is not None) != (name == "multiple-choice"):
             raise ValueError("`data.choice_columns` is needed with `objective.name: multiple-choice`, and only there")
         return self

@@ -58,14 +58,14 @@ def damaged(directory: Path) -> dict[str, str]:
     for name, content in contents.items():
         (directory / name).write_bytes(content)
     return {
-        "text.wav": "is no audio that libsndfile knows",
-        "empty.flac": "the file is empty",
-        "none.wav": "holds no samples",
-        "nan.wav": "has samples that are NaN or infinite",
-        "infinite.wav": "has samples that are NaN or infinite",
-        "cut.wav": "its header promises another length than it has",
-        "claims.wav": "its header promises another length than it has",
-        "cut.mp3": "its header promises another length than it has",
-        "cut.flac": "is damaged or cut off",
-        "huge.flac": "is damaged or cut off",
+        "text.wav": "no audio that libsndfile knows",
+        "empty.flac": "an empty file",
+        "none.wav": "without samples",
+        "nan.wav": "with samples that are NaN or infinite",
+        "infinite.wav": "with samples that are NaN or infinite",
+        "cut.wav": "with a header that promises another length",
+        "claims.wav": "with a header that promises another length",
+        "cut.mp3": "with a header that promises another length",
+        "cut.flac": "damaged or cut off",
+        "huge.flac": "damaged or cut off",
     }

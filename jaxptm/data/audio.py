@@ -27,7 +27,7 @@ _LIE = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
 class BadAudio(Exception):
-    """What is wrong with an utterance, without its name: a reason that many may share."""
+    """What an utterance is that cannot be used (`damaged or cut off`): a reason that many may share."""
 
 
 def decode(source: str | Path | bytes) -> Float32[np.ndarray, " T"]:
@@ -46,31 +46,31 @@ def decode(source: str | Path | bytes) -> Float32[np.ndarray, " T"]:
         try:
             source = Path(source).read_bytes()
         except FileNotFoundError:
-            raise BadAudio("there is no such file") from None
+            raise BadAudio("not there") from None
         except OSError as error:
-            raise BadAudio(f"cannot be read ({error.strerror})") from error
+            raise BadAudio(f"unreadable ({error.strerror})") from error
     if not source:
-        raise BadAudio("the file is empty")
+        raise BadAudio("an empty file")
     try:
         with soundfile.SoundFile(io.BytesIO(source)) as file:
             rate, promised, header = file.samplerate, file.frames, file.extra_info
             if promised > 2**62:
-                raise BadAudio("its header does not tell how long it is")
+                raise BadAudio("without a header that tells its length")
             blocks = []
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         unknown = "unrecognised" in str(error) or "not recognised" in str(error)
-        reason = "is no audio that libsndfile knows" if unknown else "is damaged or cut off"
+        reason = "no audio that libsndfile knows" if unknown else "damaged or cut off"
         raise BadAudio(reason) from error
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     lie = _LIE.search(header)
     if len(samples) != promised or (lie is not None and int(lie[1]) < UNTOLD):
-        raise BadAudio("its header promises another length than it has")
+        raise BadAudio("with a header that promises another length")
     if not len(samples):
-        raise BadAudio("holds no samples")
+        raise BadAudio("without samples")
     if not np.isfinite(samples).all():
-        raise BadAudio("has samples that are NaN or infinite")
+        raise BadAudio("with samples that are NaN or infinite")
     return resample(samples, rate)
 
 
@@ -82,7 +82,7 @@ def resample(samples: Float32[np.ndarray, " S"], rate: int) -> Float32[np.ndarra
 
     resampled = soxr.resample(samples, rate, RATE)
     if not len(resampled):
-        raise BadAudio("holds no samples")
+        raise BadAudio("without samples")
     return resampled
 
 

@@ -222,7 +222,7 @@ def _decode_all(tasks: list[_Task], workers: int | None, report: Progress, data:
 
 def _refuse(task: _Task, shard: AudioShard) -> None:
     for at, reason in shard.unusable.items():
-        raise JaxptmError(f"{task.stamps[int(at)][0]}: {reason}; remove it, or set data.unusable: skip.")
+        raise JaxptmError(f"{task.stamps[int(at)][0]} is {reason}: remove it, or set data.unusable: skip.")
 
 
 def _finished(task: _Task) -> AudioShard | None:
@@ -277,7 +277,7 @@ def _write_split(directory: Path, split: str, part: Sequence[tuple[_Task, AudioS
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     if unusable == len(lines):
         first, reason = part[0][0].stamps[0][0], part[0][1].unusable["0"]
-        raise JaxptmError(f"data.{split}: none of its {unusable} utterance(s) can be used; {first}: {reason}.")
+        raise JaxptmError(f"data.{split}: none of its {unusable} utterance(s) can be used; {first} is {reason}.")
     fresh = directory / f"{split}.jsonl.tmp"
     fresh.write_text("".join(lines), encoding="utf-8")
     fresh.replace(directory / f"{split}.jsonl")

@@ -68,7 +68,7 @@ class Utterance:
         cell = rows[self.row][column]
         content, path = cell["bytes"], cell["path"]
         if content is None and path is None:
-            raise BadAudio("the dataset has no audio for it")
+            raise BadAudio("a row of a dataset without audio")
         return path if content is None else content
 
 

@@ -181,16 +181,14 @@ def test_bad_files_are_counted_or_refused(audio: Path, tmp_path: Path) -> None:
         prepared is not None and prepared.summary("train") == f"10 utterances, 0.00 hours, {len(reasons) + 1} unusable"
     )
     found = Recordings.open(tmp_path / "prepared")
-    assert found.reasons == [None] * 10 + ["there is no such file", *reasons.values()]
+    assert found.reasons == [None] * 10 + ["not there", *reasons.values()]
     assert not found.lengths[10:].any()
     refusing = AudioData(train=str(manifest), unusable="error")
     for directory in ("prepared", "fresh"):  # decoded before, and now
-        with pytest.raises(
-            JaxptmError, match=r"absent\.wav: there is no such file; remove it, or set data\.unusable: skip"
-        ):
+        with pytest.raises(JaxptmError, match=r"absent\.wav is not there: remove it, or set data\.unusable: skip"):
             prepare_audio(refusing, tmp_path / directory, workers=1)
     with pytest.raises(
-        JaxptmError, match=r"data\.train: none of its 10 utterance\(s\) can be used; .*bad/claims\.wav: its he"
+        JaxptmError, match=r"data\.train: none of its 10 utterance\(s\) can be used; .*bad/claims\.wav is with a he"
     ):
         prepare_audio(AudioData(train=str(audio / "bad")), tmp_path / "none", workers=1)
 

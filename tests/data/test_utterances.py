@@ -146,7 +146,7 @@ def test_datasets_hand_out_their_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(JaxptmError, match=r"me/speech: has no column of audio, only: sentence, label"):
         find("me/speech")
     monkeypatch.setattr(utterances, "_audio_column", lambda name: ("sound", [{"sound": {"bytes": None, "path": None}}]))
-    with pytest.raises(BadAudio, match="the dataset has no audio for it"):
+    with pytest.raises(BadAudio, match="a row of a dataset without audio"):
         Utterance("x", "me/speech", row=0).source()
 
 
