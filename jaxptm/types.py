@@ -1,8 +1,8 @@
 """The few types that every layer of jaxptm shares.
 
 Axis letters mean the same in every annotation: B batch rows, L sequence length in tokens, D model width,
-H attention heads, V vocabulary entries, P predictions a row, C answer choices, T audio
-samples, F frames, U labels of a transcript.
+H attention heads, V vocabulary entries, P predictions a row, C answer choices, T samples of audio,
+F frames, U labels of a transcript.
 """
 
 from __future__ import annotations

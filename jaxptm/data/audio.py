@@ -39,6 +39,7 @@ def decode(source: str | Path | bytes) -> Float32[np.ndarray, " T"]:
     Raises:
         BadAudio: it is no audio, is damaged, has no samples or some that are no finite number, or its header promises
             more or fewer of them than there are.
+        OSError: the file cannot be read, which says nothing about what it holds.
     """
     import soundfile
 
@@ -47,8 +48,8 @@ def decode(source: str | Path | bytes) -> Float32[np.ndarray, " T"]:
             source = Path(source).read_bytes()
         except FileNotFoundError:
             raise BadAudio("not there") from None
-        except OSError as error:
-            raise BadAudio(f"unreadable ({error.strerror})") from error
+        except IsADirectoryError:
+            raise BadAudio("a directory") from None
     if not source:
         raise BadAudio("an empty file")
     try:
@@ -67,23 +68,21 @@ def decode(source: str | Path | bytes) -> Float32[np.ndarray, " T"]:
     lie = _LIE.search(header)
     if len(samples) != promised or (lie is not None and int(lie[1]) < UNTOLD):
         raise BadAudio("with a header that promises another length")
+    samples = resample(samples, rate)
     if not len(samples):
         raise BadAudio("without samples")
     if not np.isfinite(samples).all():
         raise BadAudio("with samples that are NaN or infinite")
-    return resample(samples, rate)
+    return samples
 
 
 def resample(samples: Float32[np.ndarray, " S"], rate: int) -> Float32[np.ndarray, " T"]:
     """From `rate` samples a second to `RATE`, by soxr at its high quality (errors below those of 16-bit samples)."""
-    if rate == RATE:
+    if rate == RATE or not len(samples):
         return samples
     import soxr
 
-    resampled = soxr.resample(samples, rate, RATE)
-    if not len(resampled):
-        raise BadAudio("without samples")
-    return resampled
+    return soxr.resample(samples, rate, RATE)
 
 
 def normalized(samples: Float32[np.ndarray, " T"]) -> Float32[np.ndarray, " T"]:

@@ -6,6 +6,7 @@ one of a few lengths, chosen so that least is padded, and a batch is made of row
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Plan(NamedTuple):
     lengths: Int[np.ndarray, " S"]
 
 
-class Buckets:
+class Buckets(ABC):
     """Batches of examples of similar length, each example once an epoch; a subclass says what they hold.
 
     An epoch deals its examples out in random order to buckets by their length. A bucket that is full is a batch; what
@@ -152,9 +153,9 @@ class Buckets:
         chosen = slots[np.asarray(indices) - step * self.batch_size].reshape(-1)
         return self._batch(chosen, int(plan.lengths[at]), epoch)
 
+    @abstractmethod
     def _batch(self, chosen: np.ndarray, length: int, epoch: int) -> dict[str, np.ndarray]:
         """The examples of these numbers (-1: nothing but padding) as rows of this length."""
-        raise NotImplementedError
 
     def token_share(self) -> float:
         """Share of the positions of an epoch's real rows that hold tokens."""

@@ -209,9 +209,9 @@ def _decode_all(tasks: list[_Task], workers: int | None, report: Progress, data:
     def finish(task: _Task, shard: AudioShard) -> None:
         nonlocal done
         done += len(task.utterances)
-        unusable = f", {len(shard.unusable)} unusable" if shard.unusable else ""
-        seconds = shard.samples / RATE
-        report(done / total, f"{done:,} of {total:,} utterances, {seconds:,.0f} s of audio more{unusable}")
+        last = f"{shard.samples / RATE:,.0f} s in the last {len(task.utterances)}"
+        unusable = f", {len(shard.unusable)} of them unusable" if shard.unusable else ""
+        report(done / total, f"{done:,} of {total:,} utterances ({last}{unusable})")
         if data.unusable == "error":
             _refuse(task, shard)
 
@@ -291,11 +291,12 @@ def _write_split(directory: Path, split: str, part: Sequence[tuple[_Task, AudioS
 
 def to_int16(samples: Float32[np.ndarray, " T"]) -> tuple[Int16[np.ndarray, " T"], float]:
     """Integers and their scale: exact where 16 bits hold the samples, or else scaled to their peak."""
-    integers = samples * np.float32(32768)
-    if integers.min() >= -32768 and integers.max() <= 32767 and np.array_equal(integers, np.rint(integers)):
-        return integers.astype(np.int16), 1 / 32768
-    peak = float(np.abs(integers).max())
-    scale = np.float32(peak / 32767 / 32768)
+    peak = float(np.abs(samples).max())
+    if peak <= 1:
+        integers = samples * np.float32(32768)
+        if integers.max() <= 32767 and np.array_equal(integers, np.rint(integers)):
+            return integers.astype(np.int16), 1 / 32768
+    scale = np.float32(peak / 32767)
     if scale == 0:  # smaller than float32 tells apart
         return np.zeros(len(samples), np.int16), 1 / 32768
     return np.rint(samples / scale).clip(-32767, 32767).astype(np.int16), float(scale)

@@ -74,7 +74,7 @@ def test_what_is_no_audio_says_why(tmp_path: Path) -> None:
             decode(tmp_path / name)
     with pytest.raises(BadAudio, match="not there"):
         decode(tmp_path / "absent.wav")
-    with pytest.raises(BadAudio, match=r"unreadable \(Is a directory\)"):
+    with pytest.raises(BadAudio, match="a directory"):
         decode(tmp_path)
 
 
