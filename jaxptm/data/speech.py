@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import eq
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ SAMPLE_STEP = RATE // 10
 """Lengths that rows are padded to are multiples of this, but for the longest."""
 NAMED = 3
 """Utterances that are named for each reason why some are unusable."""
+OUTSIDE = "with characters outside the vocabulary"
 
 
 def usable(
@@ -53,20 +55,23 @@ def usable(
     strange: set[str] = set()
     kept = []
     for at, samples in enumerate(recordings.lengths.tolist()):
-        reason, text = recordings.reasons[at], recordings.texts[at]
+        reason = recordings.reasons[at]
         if reason is not None:
             pass
         elif samples < data.min_seconds * RATE:
             reason = f"shorter than data.min_seconds: {data.min_seconds:g}"
         elif samples > data.max_seconds * RATE and not crop:
             reason = f"longer than data.max_seconds: {data.max_seconds:g}"
-        elif vocabulary is not None and not vocabulary.normal(text or ""):
-            reason = "without a transcript"
-        elif vocabulary is not None and (outside := vocabulary.outside(text or "")):
-            strange.update(outside)
-            reason = "with characters outside the vocabulary"
-        elif vocabulary is not None and frames is not None and frames(samples) < _needed(vocabulary, text or ""):
-            reason = "too short for the transcript"
+        elif vocabulary is not None:
+            text = vocabulary.normal(recordings.texts[at] or "")
+            outside = set(text) - vocabulary.ids.keys()
+            strange |= outside
+            if not text:
+                reason = "without a transcript"
+            elif outside:
+                reason = OUTSIDE
+            elif frames is not None and frames(samples) < len(text) + sum(map(eq, text, text[1:])):
+                reason = "too short for the transcript"
         elif labels is not None and recordings.labels[at] is None:
             reason = "without a label"
         elif labels is not None and recordings.labels[at] not in labels:
@@ -85,16 +90,11 @@ def usable(
     return recordings.take(kept) if found else recordings
 
 
-def _needed(vocabulary: Characters, text: str) -> int:
-    ids = vocabulary.encode(text)
-    return len(ids) + int(np.count_nonzero(ids[1:] == ids[:-1]))
-
-
 def _told(recordings: Recordings, found: dict[str, list[str]], strange: list[str]) -> str:
     parts = []
     for reason, names in sorted(found.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-        which = f" {' '.join(map(repr, strange))}" if reason == "with characters outside the vocabulary" else ""
+        which = f" {' '.join(map(repr, strange))}" if reason == OUTSIDE else ""
         parts.append(f"{len(names)} {reason}{which} ({shown})")
     count = sum(map(len, found.values()))
     return f"{recordings.name}: {count} of {len(recordings)} utterances are unusable: {'; '.join(parts)}"
@@ -185,10 +185,9 @@ class SpeechBuckets(Buckets):
         """
         sizes = recordings.lengths if longest is None else np.minimum(recordings.lengths, longest)
         lengths = bucket_lengths(sizes, step=SAMPLE_STEP)
+        times = [lengths[-1] // length if by_samples else 1 for length in lengths]
         lengths[-1] = int(sizes.max(initial=1))  # so that crops of one length have no padding
-        super().__init__(
-            sizes, lengths, batch_size, seed, [lengths[-1] // length if by_samples else 1 for length in lengths]
-        )
+        super().__init__(sizes, lengths, batch_size, seed, times)
         self.recordings = recordings
         self._normalize = normalize
         self._targets = targets
