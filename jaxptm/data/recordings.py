@@ -1,4 +1,4 @@
-"""Recordings on disk: audio of any kind in, memory-mapped shards of 16 kHz samples out.
+"""Recordings on disk: audio of any kind in, shards of 16 kHz samples out.
 
 A prepared directory holds
 
@@ -9,6 +9,9 @@ A prepared directory holds
 Samples are int16, each utterance with the scale that makes them floats: half the bytes of float32. Speech that comes
 as 16-bit audio at 16 kHz (LibriSpeech) is kept exactly, by the scale 1 / 32768. What is resampled, mixed or of more
 bits is scaled to its own peak, so that nothing is clipped and the error stays 96 dB below it, however quiet it is.
+
+An utterance is read from its file when it is asked for. Memory maps would gain nothing, for it is read as a whole and
+becomes floats, and each would hold a file open, of which a process may have a thousand and a large corpus has more.
 
 What a shard holds depends on the audio alone. Limits of length, transcripts and vocabularies apply when it is read, and
 changing them decodes nothing again.
@@ -308,10 +311,10 @@ class Recordings:
 
     Attributes:
         name: for messages, as `data.train`.
-        shards: samples of each shard, memory-mapped.
-        shard: [N] where each utterance is, by shard, first and last + 1 sample.
-        starts: [N].
-        ends: [N].
+        files: of samples, one a shard.
+        file: [N] which of them an utterance is in.
+        places: [N] where it begins there, in bytes.
+        lengths: [N] in samples.
         scales: [N] what a sample of 1 stands for.
         ids: of each utterance.
         texts: transcripts as they were written, where there are any.
@@ -320,10 +323,10 @@ class Recordings:
     """
 
     name: str
-    shards: tuple[np.ndarray, ...]
-    shard: Int[np.ndarray, " N"]
-    starts: Int[np.ndarray, " N"]
-    ends: Int[np.ndarray, " N"]
+    files: tuple[str, ...]
+    file: Int[np.ndarray, " N"]
+    places: Int[np.ndarray, " N"]
+    lengths: Int[np.ndarray, " N"]
     scales: Float32[np.ndarray, " N"]
     ids: Sequence[str]
     texts: Sequence[str | None]
@@ -340,8 +343,9 @@ class Recordings:
         directory, manifest = Path(directory), AudioManifest.load(directory)
         if split not in manifest.splits:
             raise JaxptmError(f"{directory}: holds no {split!r} speech, only: {', '.join(manifest.splits)}.")
-        arrays = [_open_shard(directory / "shards" / name) for name in manifest.splits[split].shards]
-        counts = [len(ends) for _, ends, _ in arrays]
+        shards = [directory / "shards" / name for name in manifest.splits[split].shards]
+        arrays = [_open_shard(path) for path in shards]
+        counts = [len(scales) for _, _, scales in arrays]
         path = directory / f"{split}.jsonl"
         try:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -351,10 +355,10 @@ class Recordings:
             raise JaxptmError(f"{path}: does not go with its shards: remove {directory}, and prepare it again.")
         return cls(
             name=f"data.{split}",
-            shards=tuple(samples for samples, _, _ in arrays),
-            shard=np.repeat(np.arange(len(counts)), counts),
-            starts=np.concatenate([np.concatenate([[0], ends[:-1]]) for _, ends, _ in arrays]),
-            ends=np.concatenate([ends for _, ends, _ in arrays]),
+            files=tuple(str(path / "samples.npy") for path in shards),
+            file=np.repeat(np.arange(len(counts)), counts),
+            places=np.concatenate([places for places, _, _ in arrays]),
+            lengths=np.concatenate([lengths for _, lengths, _ in arrays]),
             scales=np.concatenate([scales for _, _, scales in arrays]),
             ids=[line["id"] for line in lines],
             texts=[line.get("text") for line in lines],
@@ -366,24 +370,27 @@ class Recordings:
         return len(self.ids)
 
     @property
-    def lengths(self) -> Int[np.ndarray, " N"]:
-        """Samples of each utterance."""
-        return self.ends - self.starts
-
-    @property
     def seconds(self) -> float:
         """Of all utterances."""
         return float(self.lengths.sum() / RATE)
 
     def samples(self, index: int) -> Float32[np.ndarray, " T"]:
-        """The samples of an utterance, full scale 1."""
-        stored = self.shards[self.shard[index]][self.starts[index] : self.ends[index]]
+        """The samples of an utterance, full scale 1.
+
+        Raises:
+            JaxptmError: the shard has gone since it was opened.
+        """
+        path, count = self.files[self.file[index]], int(self.lengths[index])
+        with disk(Path(path)):
+            stored = np.fromfile(path, np.int16, count, offset=int(self.places[index]))
+        if len(stored) != count:
+            raise JaxptmError(f"{path}: was cut while it was in use: run `jaxptm prepare` again.")
         return stored.astype(np.float32) * self.scales[index]
 
     def take(self, chosen: Sequence[int] | np.ndarray) -> Recordings:
         """Some of the utterances, by number."""
         at = np.asarray(chosen, np.int64)
-        parts: dict[str, Any] = {name: getattr(self, name)[at] for name in ("shard", "starts", "ends", "scales")}
+        parts: dict[str, Any] = {name: getattr(self, name)[at] for name in ("file", "places", "lengths", "scales")}
         parts |= {name: [getattr(self, name)[i] for i in at] for name in ("ids", "texts", "labels", "reasons")}
         return replace(self, **parts)
 
@@ -401,19 +408,16 @@ class Recordings:
 
 
 def _open_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Place in bytes, samples and scale of each utterance of a shard."""
     fields = read_json(path / "record.json")
     damage = f"{path}: has no record" if fields is None else damage_of(path, fields["files"])
     if damage is None:
         try:
-            # Plain arrays over the mapping: numpy's memmap class makes every small slice slow.
-            samples = np.asarray(np.load(path / "samples.npy", mmap_mode="r"))
+            samples = np.load(path / "samples.npy", mmap_mode="r")
             ends, scales = np.load(path / "ends.npy"), np.load(path / "scales.npy")
-            if (
-                len(samples) == fields["samples"] == ends[-1]
-                and len(ends) == len(scales)
-                and np.all(np.diff(ends) >= 0)
-            ):
-                return samples, ends, scales
+            lengths = np.diff(ends, prepend=0)
+            if len(samples) == ends[-1] == fields["samples"] and len(ends) == len(scales) and np.all(lengths >= 0):
+                return samples.offset + (ends - lengths) * samples.itemsize, lengths, scales
         except (ValueError, OSError, KeyError, IndexError):
             pass
         damage = f"{path}: its arrays do not fit together"

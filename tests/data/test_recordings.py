@@ -75,7 +75,7 @@ def test_what_is_read_is_what_was_recorded(audio: Path, tmp_path: Path) -> None:
     manifest = prepare_audio(data, tmp_path / "prepared", workers=1)
     assert manifest == AudioManifest.load(tmp_path / "prepared")
     train, held_out = (Recordings.open(tmp_path / "prepared", split) for split in ("train", "eval"))
-    assert train.texts == [f"number {i}" for i in range(10)] and len(train.shards) == 3
+    assert train.texts == [f"number {i}" for i in range(10)] and len(train.files) == 3
     assert train.lengths.tolist() == [1000 + i for i in range(10)]
     assert train.seconds == manifest.splits["train"].samples / RATE == sum(range(1000, 1010)) / RATE
     assert manifest.summary("train") == "10 utterances, 0.00 hours"
@@ -223,7 +223,24 @@ def test_damage_is_named(audio: Path, tmp_path: Path) -> None:
         with pytest.raises(JaxptmError, match=message):
             Recordings.open(directory)
         path.write_bytes(whole[path])
-    assert len(Recordings.open(directory)) == 10
+    found = Recordings.open(directory)
+    assert len(found) == 10
+    samples.write_bytes(whole[samples][:-2])
+    with pytest.raises(JaxptmError, match=r"samples\.npy: was cut while it was in use"):
+        found.samples(7)
+    samples.unlink()
+    with pytest.raises(JaxptmError, match=r"samples\.npy: No such file"):
+        found.samples(7)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux shows them")
+def test_many_shards_hold_no_files_open(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "SHARD", 1)
+    prepare_audio(AudioData(train=str(audio)), tmp_path / "prepared", workers=1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    found = Recordings.open(tmp_path / "prepared")
+    assert [len(found.samples(i)) for i in range(10)] == found.lengths.tolist()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_odd_characters_survive(audio: Path, tmp_path: Path) -> None:

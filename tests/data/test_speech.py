@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from itertools import pairwise
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -21,22 +22,24 @@ from jaxptm.data.recordings import Recordings, prepare_audio
 from jaxptm.data.speech import SAMPLE_STEP, SpeechBuckets, open_speech, transcripts, usable
 from jaxptm.errors import JaxptmError
 
+FILES = TemporaryDirectory()
 DATA = AudioData(train="anywhere", max_seconds=2.0)
 
 
 def spoken(
     lengths: list[int], texts: list[str | None] | None = None, labels: list[str | None] | None = None
 ) -> Recordings:
-    """Utterances in memory; sample t of utterance i is 100 * i + t % 97, in steps of 1 / 32768."""
+    """Utterances; sample t of utterance i is 100 * i + t % 97, in steps of 1 / 32768."""
     samples = [100 * i + np.arange(length) % 97 for i, length in enumerate(lengths)]
-    ends = np.cumsum(lengths, dtype=np.int64)
+    with NamedTemporaryFile(dir=FILES.name, delete=False) as file:
+        file.write(np.concatenate(samples).astype(np.int16).tobytes())
     none: list[str | None] = [None] * len(lengths)
     return Recordings(
         name="data.train",
-        shards=(np.concatenate(samples).astype(np.int16),),
-        shard=np.zeros(len(lengths), np.int64),
-        starts=ends - lengths,
-        ends=ends,
+        files=(file.name,),
+        file=np.zeros(len(lengths), np.int64),
+        places=2 * (np.cumsum(lengths) - lengths),
+        lengths=np.array(lengths, np.int64),
         scales=np.full(len(lengths), 1 / 32768, np.float32),
         ids=[f"u{i}" for i in range(len(lengths))],
         texts=texts or none,
