@@ -241,25 +241,37 @@ def prepare(
     hosts: Annotated[int, typer.Option(help="How many hosts share the work; each takes every n-th file.")] = 1,
     workers: Annotated[int | None, typer.Option(help="Parallel workers; default one a core.")] = None,
 ) -> None:
-    """Turn the corpus of CONFIG into token shards. An interrupted run goes on where it stopped."""
-    from jaxptm.config import TextData, load_config
+    """Turn the text of CONFIG into token shards, or decode its audio. An interrupted run goes on where it stopped."""
+    from jaxptm.config import AudioData, TextData, load_config
+    from jaxptm.data.corpus import Manifest
     from jaxptm.data.prepare import prepare
+    from jaxptm.data.recordings import AudioManifest, prepare_audio
+    from jaxptm.data.speech import open_speech
     from jaxptm.metrics import progress_lines
-    from jaxptm.run import prepared_directory
+    from jaxptm.run import prepared_directory, tokenizer_directory
 
     loaded = load_config(config, overrides or ())
     directory = prepared_directory(loaded)
-    assert isinstance(loaded.data, TextData)
+    data, objective = loaded.data, loaded.objective.name
     report = progress_lines(lambda line: print(line, file=sys.stderr))
-    manifest = prepare(loaded.data, directory, host, hosts, workers, report)
+    manifest: Manifest | AudioManifest | None
+    if isinstance(data, AudioData):
+        manifest = prepare_audio(data, directory, host, hosts, workers, report)
+    else:
+        assert isinstance(data, TextData)
+        manifest = prepare(data, directory, host, hosts, workers, report)
     if manifest is None:
         print(f"{directory}: the shares of other hosts are still missing")
         return
     for split in manifest.splits:
-        counts = (
-            f"{manifest.total(count, split):,} {count}" for count in ("documents", "sentences", "tokens", "bytes")
+        print(f"{directory}: {split}: {manifest.summary(split)}")
+    if isinstance(data, AudioData):  # says what will not serve before anyone waits for a training run
+        speech = open_speech(
+            data, directory, crop=objective == "contrastive", labelled=objective == "sequence-classification"
         )
-        print(f"{directory}: {split}: {', '.join(counts)}")
+        if speech.vocabulary is not None:
+            speech.vocabulary.save(tokenizer_directory(loaded))
+            print(f"{tokenizer_directory(loaded)}: {len(speech.vocabulary)} characters")
 
 
 @app.command()

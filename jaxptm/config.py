@@ -149,9 +149,55 @@ class TableData(LabelledData):
         return self
 
 
+class AudioData(Config):
+    """Recorded speech, with transcripts or labels where the objective needs them."""
+
+    train: str | list[str]
+    """Folders of audio, LibriSpeech trees, an LJSpeech directory, manifests (`.tsv` of `path<TAB>text`, `.jsonl`),
+    globs of them, or Hugging Face datasets (`name:config:split`)."""
+    eval: str | list[str] | None = None
+    """What is held out, in the same forms."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the utterances of `train` that is held out where there is no `eval`."""
+    text_column: str = "text"
+    """What a `.jsonl` manifest, a `.tsv` with a header or a dataset calls the transcript."""
+    label_column: str = "label"
+    """What they call the class; in a folder without transcripts it is the folder that a file lies in."""
+    labels: list[str] | None = None
+    """Names of the classes, in the order of the head; default those of the model, or else what `train` holds."""
+    vocabulary: str | None = None
+    """Of the transcripts (`ctc`): a `vocab.json`, a directory or hub name with one, or `characters`: those of `train`;
+    default that of the model."""
+    ignore_characters: str = ""
+    """Taken out of all transcripts, such as `,.;:!?`."""
+    min_seconds: Annotated[float, Field(ge=0)] = 0.1
+    max_seconds: Annotated[float, Field(gt=0)] = 20.0
+    """`contrastive` draws so much of what is longer, at random and anew each epoch; for all else that is unusable."""
+    unusable: Literal["skip", "error"] = "skip"
+    """What to do with audio that is damaged, empty, too short or too long, and with transcripts that are missing or
+    have characters outside the vocabulary: leave out, with a count of each kind in the log, or refuse."""
+    batches: Literal["samples", "rows"] = "samples"
+    """`samples`: `train.batch_size` of the longest utterances make a batch, and of shorter ones as many times more as
+    have no more samples (wav2vec 2.0 and fairseq count so); `rows`: `train.batch_size` of any length."""
+    prepared: str | None = None
+    """Directory of the decoded audio, on a local disk; default `<parent of out>/prepared/<fingerprint>`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AudioData:
+        if self.eval is not None and self.eval_fraction > 0:
+            raise ValueError("give `eval` or `eval_fraction`, not both")
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(f"`min_seconds` {self.min_seconds} is more than `max_seconds` {self.max_seconds}")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("`labels` names one label twice")
+        return self
+
+
 def _data_kind(data: Any) -> str:
     """Which kind of data some fields describe, by the keys that only it has."""
     keys = set(data) if isinstance(data, dict) else set(getattr(type(data), "model_fields", ()))
+    if keys & {"train", "eval", "max_seconds", "vocabulary"}:
+        return "audio"
     if keys & {"task", "path"}:
         return "glue"
     if keys & {"text_columns", "choice_columns", "label_column"}:
@@ -163,7 +209,8 @@ Data = Annotated[
     Annotated[TextData, Tag("text")]
     | Annotated[GlueData, Tag("glue")]
     | Annotated[SquadData, Tag("squad")]
-    | Annotated[TableData, Tag("table")],
+    | Annotated[TableData, Tag("table")]
+    | Annotated[AudioData, Tag("audio")],
     Discriminator(_data_kind),
 ]
 
@@ -262,6 +309,22 @@ class QuestionAnsweringConfig(FineTuningConfig):
     name: Literal["question-answering"]
 
 
+class ContrastiveConfig(Config):
+    """`contrastive`: which of several quantised frames is the one that was masked (wav2vec 2.0)."""
+
+    name: Literal["contrastive"]
+
+    def slots(self, sequence_length: int) -> int:
+        """Tokens of a row that a language-model head runs on: there is none."""
+        return 0
+
+
+class CtcConfig(FineTuningConfig):
+    """`ctc`: a transcript, by connectionist temporal classification."""
+
+    name: Literal["ctc"]
+
+
 ObjectiveConfig = Annotated[
     MaskedLmConfig
     | ReplacedTokenConfig
@@ -269,7 +332,9 @@ ObjectiveConfig = Annotated[
     | SequenceClassificationConfig
     | TokenClassificationConfig
     | MultipleChoiceConfig
-    | QuestionAnsweringConfig,
+    | QuestionAnsweringConfig
+    | ContrastiveConfig
+    | CtcConfig,
     Field(discriminator="name"),
 ]
 """What the model learns, by `name`."""
@@ -360,17 +425,20 @@ class ParallelConfig(Config):
 
 
 DATA_OF: dict[str, tuple[type[Config], ...]] = {
-    "sequence-classification": (GlueData, TableData),
+    "sequence-classification": (GlueData, TableData, AudioData),
     "token-classification": (TableData,),
     "multiple-choice": (TableData,),
     "question-answering": (SquadData,),
+    "contrastive": (AudioData,),
+    "ctc": (AudioData,),
 }
-"""What fine-tuning reads; all other objectives read `TextData`."""
+"""What fine-tuning and speech read; all other objectives read `TextData`."""
 DATA_KEYS: dict[type[Config], str] = {
     TextData: "text (`data.files`)",
     GlueData: "a task of GLUE (`data.task`)",
     SquadData: "questions (`data.train_file`, and no columns)",
     TableData: "a table (`data.train_file`, `data.text_columns`, `data.label_column`)",
+    AudioData: "speech (`data.train`)",
 }
 
 
@@ -411,8 +479,10 @@ class TrainConfig(Config):
                 raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")
             if name == "causal-lm" and data.format == "pairs":
                 raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` or packed")
-        elif self.train.eval_batches is not None:
+        elif self.train.eval_batches is not None and not isinstance(data, AudioData):
             raise ValueError("`train.eval_batches` is for text: figures over labelled data read all of it")
+        if isinstance(data, AudioData) and data.vocabulary is not None and name != "ctc":
+            raise ValueError("`data.vocabulary` is of transcripts, which only `objective.name: ctc` reads")
         if isinstance(data, TableData) and (data.choice_columns is not None) != (name == "multiple-choice"):
             raise ValueError("`data.choice_columns` is needed with `objective.name: multiple-choice`, and only there")
         return self

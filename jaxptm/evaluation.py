@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxptm.config import TrainConfig
 from jaxptm.data.batching import Rows, one_pass
-from jaxptm.data.examples import LengthBuckets
+from jaxptm.data.examples import Buckets
 from jaxptm.hosts import is_main
 from jaxptm.parallel import check_tensor, compile_evaluate, host_rows, make_mesh, put_batch, shardings
 from jaxptm.run import Run, open_models, open_run
@@ -103,10 +103,10 @@ class Evaluator:
         terms, scores = jax.device_get(means)
         values = {name: float(mean.value) for name, mean in {**terms, **scores}.items()}
         figures = {"loss": float(objective.total(terms))} | values | objective.summary(values)
-        if not isinstance(source, LengthBuckets):
+        if not isinstance(source, Buckets):
             return figures, {}
         # Back from the order of the buckets to that of the file.
-        places = source.plan(0).examples.reshape(-1)
+        places = np.concatenate(source.plan(0).examples)
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0) :]
         by_slot = {name: [row for batch in said for row in batch[name]] for name in said[0]}
         return figures, {name: [rows[slot] for slot in order] for name, rows in by_slot.items()}

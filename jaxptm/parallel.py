@@ -161,17 +161,22 @@ def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, Array]:
-    """A batch as global arrays divided by rows; `batch` holds the `host_rows` of it."""
+    """A batch as global arrays divided by rows; `batch` holds the `host_rows` of it.
+
+    Where it has several times as many rows, each of the `batch_size` stands for as many in a line.
+    """
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), split_rows(mesh))
     rows = host_rows(mesh, batch_size)
 
     def put(values: np.ndarray) -> Array:
-        def part(index: Any) -> np.ndarray:
-            first, last, _ = index[0].indices(batch_size)
-            return values[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+        each = len(values) // len(rows)
 
-        return jax.make_array_from_callback((batch_size, *values.shape[1:]), split_rows(mesh), part)
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size * each)
+            return values[np.searchsorted(rows, first // each) * each : np.searchsorted(rows, last // each) * each]
+
+        return jax.make_array_from_callback((batch_size * each, *values.shape[1:]), split_rows(mesh), part)
 
     return {name: put(values) for name, values in batch.items()}
 

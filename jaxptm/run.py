@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxptm.config import (
+    AudioData,
     CausalLmConfig,
     MaskedLmConfig,
     MultipleChoiceConfig,
@@ -31,7 +32,8 @@ from jaxptm.config import (
 from jaxptm.data.batching import Rows
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.examples import LengthBuckets
-from jaxptm.data.prepare import Progress, prepare
+from jaxptm.data.prepare import prepare
+from jaxptm.data.shards import Progress
 from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenStream
 from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
 from jaxptm.hosts import exchange, is_main, together
@@ -123,6 +125,8 @@ def open_run(config: TrainConfig, models: Mapping[str, Model] | None = None, pro
     Raises:
         JaxptmError: whatever does not fit together, before any step is taken.
     """
+    if isinstance(config.data, AudioData):
+        raise JaxptmError("this version prepares speech (`jaxptm prepare`) and does not train on it yet.")
     if not isinstance(config.data, TextData):
         with together():
             run = _open_labelled(config, models)
@@ -135,7 +139,7 @@ def open_run(config: TrainConfig, models: Mapping[str, Model] | None = None, pro
 
 def _open_labelled(config: TrainConfig, models: Mapping[str, Model] | None) -> Run:
     loop, data = config.train, config.data
-    assert not isinstance(data, TextData)
+    assert not isinstance(data, TextData | AudioData)
     model = None if models is None else models["model"]
     tokenizer = model.tokenizer if model is not None and data.tokenizer is None else task_tokenizer(config)
     if model is not None and model.tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -256,6 +260,7 @@ def make_objective(
         JaxptmError: objective, model and tokenizer do not go together.
     """
     settings, data = config.objective, config.data
+    assert not isinstance(data, AudioData)
     modules = modules or make_modules(config, tokenizer)
     source = "the tokenizer of the model" if data.tokenizer is None else f"data.tokenizer {data.tokenizer}"
     for module in modules.values():
@@ -345,13 +350,13 @@ def open_models(source: str | Path, config: TrainConfig, **options: Any) -> dict
 
 
 def prepared_directory(config: TrainConfig) -> Path:
-    """Where the token shards lie: `data.prepared`, or beside the run's files under a name made from the data keys.
+    """Where the shards lie: `data.prepared`, or beside the run's files under a name made from the data keys.
 
     Raises:
-        JaxptmError: `data.prepared` is an URL, or the data is not text.
+        JaxptmError: `data.prepared` is an URL, or the data is neither text nor speech.
     """
     data = config.data
-    if not isinstance(data, TextData):
+    if not isinstance(data, TextData | AudioData):
         raise JaxptmError("there is nothing to prepare: fine-tuning reads its examples when it starts.")
     if data.prepared is None:
         return local_directory(config.out).parent / "prepared" / _fingerprint(data)
@@ -409,7 +414,9 @@ def tokenizer_directory(config: TrainConfig) -> Path:
     return local_directory(config.out) / "tokenizer"
 
 
-def _fingerprint(data: TextData) -> str:
+def _fingerprint(data: TextData | AudioData) -> str:
+    if isinstance(data, AudioData):  # transcripts and limits decode nothing again
+        return _hash({"train": data.train, "eval": data.eval})
     keys = ("files", "eval_files", "text_field", "tokenizer", "tokenizer_model", "vocab_size", "lowercase")
     content = {key: value for key, value in data.model_dump().items() if key in keys}
     return _hash(content)

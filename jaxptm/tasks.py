@@ -13,6 +13,7 @@ import numpy as np
 from jaxptm import scoring
 from jaxptm.config import (
     IGNORED,
+    AudioData,
     FineTuningConfig,
     GlueData,
     SequenceClassificationConfig,
@@ -144,7 +145,7 @@ def task_tokenizer(config: TrainConfig) -> Any:
     Raises:
         JaxptmError: there is none.
     """
-    assert not isinstance(config.data, TextData)
+    assert not isinstance(config.data, TextData | AudioData)
     name = config.data.tokenizer or config.init_from or _named(config.model)
     if name is None:
         raise JaxptmError("data.tokenizer: is missing; `model` names no directory that would have one.")

@@ -2,7 +2,7 @@
 
 Axis letters mean the same in every annotation: B batch rows, L sequence length in tokens, D model width,
 H attention heads, V vocabulary entries, P predictions a row, C answer choices; of audio T samples, F frames,
-G codebooks, N entries of a codebook. E is the width of what stands below the model.
+U labels of a transcript, G codebooks, N entries of a codebook. E is the width of what stands below the model.
 """
 
 from __future__ import annotations

@@ -211,6 +211,32 @@ def test_an_error_is_one_message_and_a_status(arguments: tuple[str, ...], messag
     assert err.startswith("error: ") and message in err and "Traceback" not in err
 
 
+def test_speech_is_prepared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from recorded import damaged, tone, write_audio
+
+    for name, seconds in {"one": 0.5, "two": 0.4, "three": 9.0}.items():
+        write_audio(tmp_path / "clips" / f"{name}.flac", tone(seconds, 8_000), 8_000)
+        (tmp_path / "clips" / f"{name}.txt").write_text(name)
+    damaged(tmp_path / "clips")
+    (tmp_path / "speech.yaml").write_text(
+        f"""
+model: wav2vec2-base
+objective: {{name: ctc}}
+data: {{train: {tmp_path}/clips, max_seconds: 2, vocabulary: characters}}
+optimizer: {{learning_rate: 1e-4}}
+train: {{steps: 10, batch_size: 8}}
+out: {tmp_path}/runs/speech
+"""
+    )
+    status, out, err = jaxptm("prepare", str(tmp_path / "speech.yaml"), "--workers", "1")
+    assert status == 0 and "preparing 100%: 13 of 13 utterances" in err
+    assert "train: 3 utterances, 0.00 hours, 10 unusable" in out and "speech/tokenizer: 12 characters" in out
+    assert "data.train: 11 of 13 utterances are unusable: 3 with a header that promises another length" in caplog.text
+    assert "1 longer than data.max_seconds: 2 (three)" in caplog.text
+    status, _, err = jaxptm("prepare", str(tmp_path / "speech.yaml"), "data.unusable=error")
+    assert status == 1 and err.count("error: ") == 1 and "remove it, or set data.unusable: skip" in err
+
+
 def test_a_text_without_a_mask(model: Path) -> None:
     status, _, err = jaxptm("predict", "fill-mask", str(model), "the cat")
     assert status == 1 and "'the cat' holds no mask token" in err

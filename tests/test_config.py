@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
-from jaxptm.config import TextData, dump_config, load_config, validate
+from jaxptm.config import AudioData, TextData, dump_config, load_config, validate
 from jaxptm.optim import schedule
 from jaxptm.pretrained import model_config
 from jaxptm.types import JaxptmError
@@ -175,6 +176,53 @@ def test_a_file_that_is_no_config(tmp_path: Path, content: bytes | None, message
 def test_a_malformed_override(small: Path, override: str, message: str) -> None:
     with pytest.raises(JaxptmError, match=message):
         load_config(small, [override])
+
+
+SPEECH = """
+model: wav2vec2-base
+objective: {name: ctc}
+data: {train: [dev, "me/speech:clean"], eval: test, max_seconds: 15, vocabulary: characters}
+optimizer: {learning_rate: 1e-4}
+train: {steps: 10, batch_size: 8}
+"""
+
+
+def test_speech(tmp_path: Path) -> None:
+    path = tmp_path / "speech.yaml"
+    path.write_text(SPEECH)
+    config = load_config(path)
+    assert isinstance(config.data, AudioData) and config.data.max_seconds == 15
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pydantic's, where it takes the data for another kind
+        (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    assert load_config(path, ["objective.name=contrastive", "data.vocabulary=null"]).data.vocabulary is None
+    labelled = load_config(
+        path, ["objective.name=sequence-classification", "data.vocabulary=null", "data.labels=[up, down]"]
+    )
+    assert isinstance(labelled.data, AudioData)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.minimum=3", "data.minimum: there is no such key"),
+        ("data.max_seconds=0", "data.max_seconds: input should be greater than 0"),
+        ("data.min_seconds=16", "data: `min_seconds` 16.0 is more than `max_seconds` 15.0"),
+        ("data.eval_fraction=0.5", "data: give `eval` or `eval_fraction`, not both"),
+        ("data.labels=[a, a]", "data: `labels` names one label twice"),
+        ("data.unusable=ignore", "data.unusable: input should be 'skip' or 'error', not 'ignore'"),
+        ("data.batches=tokens", "data.batches: input should be 'samples' or 'rows', not 'tokens'"),
+        ("objective.name=contrastive", "`data.vocabulary` is of transcripts, which only `objective.name: ctc` reads"),
+        ("objective.name=masked-lm", r"does not go with these keys of `data`: it reads text \(`data.files`\)"),
+        ("data={task: rte}", r"does not go with these keys of `data`: it reads speech \(`data.train`\)"),
+    ],
+)
+def test_wrong_speech_is_named(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "speech.yaml"
+    path.write_text(SPEECH)
+    with pytest.raises(JaxptmError, match=message):
+        load_config(path, [override])
 
 
 def test_parts_are_checked_alone() -> None:

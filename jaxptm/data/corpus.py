@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt
 
+from jaxptm.data.shards import damage_of
 from jaxptm.errors import JaxptmError
 
 FORMAT = 1
@@ -67,10 +68,17 @@ class Manifest:
         """Sum over shards of `documents`, `sentences`, `tokens` (separators included) or `bytes`."""
         return sum(getattr(shard, count) for shard in self.splits[split])
 
+    def summary(self, split: str) -> str:
+        """What the split holds, for people."""
+        counts = ("documents", "sentences", "tokens", "bytes")
+        return ", ".join(f"{self.total(count, split):,} {count}" for count in counts)
+
     def damage(self, directory: str | Path) -> str | None:
         """The first shard file that is missing or has another size than when it was written."""
         shards = (shard for shards in self.splits.values() for shard in shards)
-        return next(filter(None, (damage_of(Path(directory) / "shards" / shard.name, shard) for shard in shards)), None)
+        return next(
+            filter(None, (damage_of(Path(directory) / "shards" / shard.name, shard.files) for shard in shards)), None
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
@@ -202,20 +210,8 @@ class Corpus:
         return tuple(replace(self, ranges=part[part[:, 0] < part[:, 1]]) for part in (train, heldout))  # type: ignore[return-value]
 
 
-def damage_of(path: Path, shard: Shard) -> str | None:
-    """What is wrong with the shard's files, by their sizes."""
-    for name, size in shard.files.items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError:
-            return f"{path / name}: is missing"
-        if found != size:
-            return f"{path / name}: has {found} bytes, not {size}"
-    return None
-
-
 def _open_shard(path: Path, shard: Shard, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    damage = damage_of(path, shard)
+    damage = damage_of(path, shard.files)
     if damage is None:
         arrays = []
         for name in ("tokens", "sentence_ends", "document_ends"):

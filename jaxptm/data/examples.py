@@ -6,6 +6,7 @@ one of a few lengths, chosen so that least is padded, and a batch is made of row
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,50 +96,71 @@ class Examples:
 class Plan(NamedTuple):
     """An epoch: which examples make each of its S batches (-1: a row of padding), and the length of their rows."""
 
-    examples: Int[np.ndarray, "S B"]
+    examples: list[Int[np.ndarray, " _"]]
     lengths: Int[np.ndarray, " S"]
 
 
-class LengthBuckets:
-    """Batches of examples of similar length, each example once an epoch.
+class Buckets(ABC):
+    """Batches of examples of similar length, each example once an epoch; a subclass says what they hold.
 
     An epoch deals its examples out in random order to buckets by their length. A bucket that is full is a batch; what
     is left in one at the end goes on to the bucket of the next length, so that the last batch alone may not be full.
-    The batches come in random order. Slot `i` is row `i % B` of batch `i // B`, counted through all epochs.
+    The batches come in random order. Slot `i` stands for slot `i % B` of batch `i // B`, counted through all epochs; it
+    is a row, or several where batches of short rows have more of them.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, pad: int, seed: int | None = None):
-        """Plans the first epoch.
+    def __init__(
+        self,
+        sizes: Int[np.ndarray, " N"],
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int | None = None,
+        rows_per_slot: Sequence[int] | None = None,
+    ):
+        """Plans nothing yet.
 
         Args:
-            pad: the id that fills rows up.
+            sizes: of the examples.
+            lengths: what rows are padded to, ascending; the last one holds the largest example.
+            batch_size: slots of a batch, B.
             seed: of the order of examples and batches; None keeps that of the file within each length.
+            rows_per_slot: for each length; default one.
         """
-        self.examples = examples
+        self.lengths = list(lengths)
         self.batch_size = batch_size
-        self.pad = pad
         self.seed = seed
-        self.lengths = bucket_lengths(examples.lengths)
-        self._bucket = np.searchsorted(self.lengths, examples.lengths)
+        self._sizes = sizes
+        self._rows = [batch_size * each for each in rows_per_slot or [1] * len(self.lengths)]
+        self._bucket = np.searchsorted(self.lengths, sizes)
         self._lock = Lock()
         self._plans: OrderedDict[int, Plan] = OrderedDict()
+        self._steps = left = 0
+        for count, rows in zip(np.bincount(self._bucket, minlength=len(self.lengths)), self._rows, strict=True):
+            full, left = divmod(int(count) + left, rows)
+            self._steps += full
+        self._steps += left > 0
 
     def __len__(self) -> int:
         """Slots of an epoch: its examples and the padding of the last batch."""
-        return -(-len(self.examples) // self.batch_size) * self.batch_size
+        return self._steps * self.batch_size
 
     def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """Slots of one batch: see `Examples.batch`."""
+        """The rows of some slots of one batch."""
         step = indices[0] // self.batch_size
-        epoch, at = divmod(step, len(self) // self.batch_size)
+        epoch, at = divmod(step, self._steps)
         plan = self.plan(epoch)
-        chosen = plan.examples[at, np.asarray(indices) - step * self.batch_size]
-        return self.examples.batch(chosen, int(plan.lengths[at]), self.pad)
+        slots = plan.examples[at].reshape(self.batch_size, -1)
+        chosen = slots[np.asarray(indices) - step * self.batch_size].reshape(-1)
+        return self._batch(chosen, int(plan.lengths[at]), epoch)
+
+    @abstractmethod
+    def _batch(self, chosen: np.ndarray, length: int, epoch: int) -> dict[str, np.ndarray]:
+        """The examples of these numbers (-1: nothing but padding) as rows of this length."""
 
     def token_share(self) -> float:
         """Share of the positions of an epoch's real rows that hold tokens."""
-        padded = np.array(self.lengths)[self._bucket].sum() if len(self.examples) else 1
-        return float(self.examples.lengths.sum() / padded)
+        padded = np.array(self.lengths)[self._bucket].sum() if len(self._sizes) else 1
+        return float(self._sizes.sum() / padded)
 
     def plan(self, epoch: int) -> Plan:
         """The batches of an epoch; the two newest are kept, for threads that read ahead."""
@@ -151,20 +173,40 @@ class LengthBuckets:
 
     def _made(self, epoch: int) -> Plan:
         random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
-        count, size = len(self.examples), self.batch_size
+        count = len(self._sizes)
         order = np.arange(count) if random is None else random.permutation(count)
-        batches, lengths, left = [], [], np.zeros(0, np.int64)
-        for bucket, length in enumerate(self.lengths):
+        batches: list[np.ndarray] = []
+        lengths: list[int] = []
+        left = np.zeros(0, np.int64)
+        for bucket, (length, size) in enumerate(zip(self.lengths, self._rows, strict=True)):
             waiting = np.concatenate([left, order[self._bucket[order] == bucket]])
             full = len(waiting) // size * size
             batches += np.split(waiting[:full], full // size) if full else []
             lengths += [length] * (full // size)
             left = waiting[full:]
         if len(left):
-            batches.append(np.concatenate([left, np.full(size - len(left), -1)]))
+            batches.append(np.concatenate([left, np.full(self._rows[-1] - len(left), -1)]))
             lengths.append(self.lengths[-1])
         shuffled = np.arange(len(batches)) if random is None else random.permutation(len(batches))
-        return Plan(np.array(batches, np.int64).reshape(-1, size)[shuffled], np.array(lengths, np.int64)[shuffled])
+        return Plan([batches[at] for at in shuffled], np.array(lengths, np.int64)[shuffled])
+
+
+class LengthBuckets(Buckets):
+    """Batches of encoded examples."""
+
+    def __init__(self, examples: Examples, batch_size: int, pad: int, seed: int | None = None):
+        """Plans nothing yet.
+
+        Args:
+            pad: the id that fills rows up.
+            seed: of the order of examples and batches; None keeps that of the file within each length.
+        """
+        super().__init__(examples.lengths, bucket_lengths(examples.lengths), batch_size, seed)
+        self.examples = examples
+        self.pad = pad
+
+    def _batch(self, chosen: np.ndarray, length: int, epoch: int) -> dict[str, np.ndarray]:
+        return self.examples.batch(chosen, length, self.pad)
 
 
 def bucket_lengths(lengths: Int[np.ndarray, " N"], shapes: int = SHAPES, step: int = LENGTH_STEP) -> list[int]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +17,26 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxptm.config import TextData
-from jaxptm.data.corpus import FORMAT, Manifest, Shard, damage_of
+from jaxptm.data.corpus import FORMAT, Manifest, Shard
 from jaxptm.data.encoder import Encoder
+from jaxptm.data.shards import (
+    NpyFile,
+    Progress,
+    cores,
+    damage_of,
+    disk,
+    file_sizes,
+    fresh_shard,
+    read_json,
+    work_all,
+    write_json,
+)
 from jaxptm.data.sources import DOCUMENT_END, Source, find_sources, read_blocks, split_dataset
 from jaxptm.data.tokenizer import load_tokenizer, tokenizer_hash, train_bpe, train_wordpiece
 from jaxptm.errors import JaxptmError
 
 BYTES_PER_WORKER = 2**24
 """Source bytes that make another process worth its start."""
-
-Progress = Callable[[float, str], None]
-"""Called with the share done (0 to 1) and a line that says what was done last."""
 
 _TITLES = ["Mr", "Ms", "Dr", "St", "Mt", "Lt", "vs", "No", "Jr", "Sr", "Mrs", "Rev", "Gen", "Col", "Capt", "Prof"]
 _SENTENCE_END = re.compile(
@@ -86,7 +92,7 @@ def prepare(
     if done is not None and done.request == request and not done.damage(directory):
         return done
 
-    with _disk(directory):
+    with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer = _tokenizer(data, directory, request, sources["train"], host, report)
         separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
@@ -114,7 +120,7 @@ def prepare(
             if manifest.total("documents", split) == 0:
                 names = ", ".join(source.name for source in sources[split])
                 raise JaxptmError(f"the {split} corpus is empty: no document in {names}.")
-        _write_json(directory / "manifest.json", asdict(manifest))
+        write_json(directory / "manifest.json", asdict(manifest))
         return manifest
 
 
@@ -149,7 +155,7 @@ def _tokenizer(
     made_from = {name: request[name] for name in names}
     if data.tokenizer == "train":
         made_from |= {"text_field": data.text_field, "sources": request["sources"]["train"]}
-    if _read_json(home / "made_from.json") == made_from:
+    if read_json(home / "made_from.json") == made_from:
         return load_tokenizer(home)
     if data.tokenizer != "train":
         tokenizer = load_tokenizer(data.tokenizer, data.lowercase)
@@ -174,7 +180,7 @@ def _tokenizer(
         fresh = directory / "tokenizer.tmp"
         shutil.rmtree(fresh, ignore_errors=True)
         tokenizer.save_pretrained(fresh)
-        _write_json(fresh / "made_from.json", made_from)
+        write_json(fresh / "made_from.json", made_from)
         shutil.rmtree(home, ignore_errors=True)
         os.replace(fresh, home)
     return tokenizer
@@ -197,7 +203,7 @@ class _ShardWriter:
     def finished(self, split: str, source: Source) -> Shard | None:
         """The record of the source's shard, if it is complete and would come out the same."""
         path = self.path(split, source)
-        fields = _read_json(path / "record.json")
+        fields = read_json(path / "record.json")
         try:
             shard = Shard(**fields)
         except TypeError:
@@ -205,25 +211,21 @@ class _ShardWriter:
         wanted = replace(
             shard, stamp=source.stamp, text_field=self.text_field, tokenizer=self.hash, format=FORMAT, name=path.name
         )
-        return shard if shard == wanted and not damage_of(path, shard) else None
+        return shard if shard == wanted and not damage_of(path, shard.files) else None
 
-    def __call__(self, split: str, source: Source, encoder: Encoder) -> Shard:
+    def start(self) -> Callable[[tuple[str, Source]], Shard]:
+        """What a process does its sources with; the encoder gathers a table of words as it goes."""
+        return partial(self._write, Encoder(Tokenizer.from_str(self.backend), DOCUMENT_END))
+
+    def _write(self, encoder: Encoder, task: tuple[str, Source]) -> Shard:
+        split, source = task
         path = self.path(split, source)
-        fresh = path.with_name(f"{path.name}.tmp")
         stamp = source.stamp  # before reading: a file that changes meanwhile is done again
-        with _disk(Path(self.directory)):
-            try:
-                shutil.rmtree(fresh, ignore_errors=True)
-                fresh.mkdir(parents=True)
-                counts = self._write_arrays(fresh, source, encoder)
-                files = {file.name: file.stat().st_size for file in sorted(fresh.iterdir())}
-                shard = Shard(path.name, source.key, stamp, self.text_field, self.hash, **counts, files=files)
-                _write_json(fresh / "record.json", asdict(shard))
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(fresh, path)
-            except BaseException:
-                shutil.rmtree(fresh, ignore_errors=True)
-                raise
+        with fresh_shard(path) as fresh:
+            counts = self._write_arrays(fresh, source, encoder)
+            sizes = file_sizes(fresh)
+            shard = Shard(path.name, source.key, stamp, self.text_field, self.hash, **counts, files=sizes)
+            write_json(fresh / "record.json", asdict(shard))
         return shard
 
     def _write_arrays(self, path: Path, source: Source, encoder: Encoder) -> dict[str, int]:
@@ -231,9 +233,9 @@ class _ShardWriter:
         # The end of the newest sentence waits: if the document ends there, the separator still belongs to it.
         waiting = np.zeros(0, np.int64)
         with (
-            _NpyFile(path / "tokens.npy", self.dtype) as tokens,
-            _NpyFile(path / "sentence_ends.npy", "int64") as sentence_ends,
-            _NpyFile(path / "document_ends.npy", "int64") as document_ends,
+            NpyFile(path / "tokens.npy", self.dtype) as tokens,
+            NpyFile(path / "sentence_ends.npy", "int64") as sentence_ends,
+            NpyFile(path / "document_ends.npy", "int64") as document_ends,
         ):
             for block in read_blocks(source, self.text_field):
                 bytes_read += len(block.encode())
@@ -256,35 +258,6 @@ class _ShardWriter:
         return counts | {"bytes": bytes_read, "max_token": max(max_token, self.separator)}
 
 
-class _NpyFile:
-    """A one-dimensional .npy file that grows; its header gets the length when it is closed."""
-
-    def __init__(self, path: Path, dtype: str):
-        self._file = open(path, "wb")  # noqa: SIM115  (closed by __exit__)
-        self._dtype = np.dtype(dtype)
-        self.length = 0
-
-    def __enter__(self) -> _NpyFile:
-        self._header()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self._file.seek(0)
-            self._header()
-        finally:
-            self._file.close()
-
-    def write(self, values: np.ndarray) -> None:
-        self._file.write(values.astype(self._dtype).tobytes())
-        self.length += len(values)
-
-    def _header(self) -> None:
-        # numpy leaves room in the header for the first axis to grow, so both headers are equally long.
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
 def _write_shards(write: _ShardWriter, tasks: list[tuple[str, Source]], workers: int | None, report: Progress) -> None:
     todo = [task for task in tasks if write.finished(*task) is None]
     total = max(1, sum(source.size for _, source in tasks))
@@ -292,84 +265,13 @@ def _write_shards(write: _ShardWriter, tasks: list[tuple[str, Source]], workers:
     if len(tasks) > len(todo):
         report(done / total, f"{len(tasks) - len(todo)} of {len(tasks)} sources were done before")
 
-    def finish(source: Source, shard: Shard) -> None:
+    def finish(task: tuple[str, Source], shard: Shard) -> None:
         nonlocal done
+        source = task[1]
         done += source.size
         report(done / total, f"{source.name}: {shard.documents:,} documents, {shard.tokens:,} tokens")
 
     if workers is None:
         worthwhile = math.ceil(sum(source.size for _, source in todo) / BYTES_PER_WORKER)
-        workers = min(_cores(), len(todo), worthwhile)
-    if workers <= 1:
-        encoder = _encoder(write)
-        for split, source in todo:
-            finish(source, write(split, source, encoder))
-        return
-    # loky starts fresh processes, since a fork after jax has started its threads can hang, and unlike the standard
-    # library's they do not import the calling script again. The largest sources go first.
-    from loky import BrokenProcessPool, ProcessPoolExecutor
-
-    todo = sorted(todo, key=lambda task: -task[1].size)
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(write,))
-    try:
-        futures = {pool.submit(_work, split, source): source for split, source in todo}
-        for future in as_completed(futures):
-            finish(futures[future], future.result())
-    except BrokenProcessPool as error:
-        raise JaxptmError(
-            "a process that prepares text died, most likely for want of memory. Finished shards are kept: run again, "
-            "with fewer workers if it repeats."
-        ) from error
-    finally:
-        pool.shutdown(kill_workers=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _encoder(write: _ShardWriter) -> Encoder:
-    return Encoder(Tokenizer.from_str(write.backend), DOCUMENT_END)
-
-
-_worker: tuple[_ShardWriter, Encoder] | None = None
-"""What a worker process keeps between sources: the encoder's table of words above all."""
-
-
-def _start_worker(write: _ShardWriter) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = write, _encoder(write)
-
-
-def _work(split: str, source: Source) -> Shard:
-    assert _worker is not None
-    write, encoder = _worker
-    return write(split, source, encoder)
-
-
-@contextmanager
-def _disk(directory: Path) -> Iterator[None]:
-    """Says plainly what the file system refuses."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise JaxptmError(
-                f"{directory}: the disk is full. Finished shards are kept: free some space and run again, or set "
-                "data.prepared to a directory on another disk."
-            ) from error
-        raise JaxptmError(f"{error.filename or directory}: {error.strerror or error}.") from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        workers = min(cores(), len(todo), worthwhile)
+    work_all(write.start, todo, [source.size for _, source in todo], finish, workers)

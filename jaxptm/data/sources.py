@@ -100,7 +100,7 @@ def split_dataset(source: Source) -> list[Source]:
     """A dataset as sources of at most `DATASET_ROWS` rows; a file as itself."""
     if source.kind != "dataset":
         return [source]
-    dataset = _load_dataset(source.name)
+    dataset = load_dataset(source.name)
     stops = range(0, len(dataset), DATASET_ROWS)
     fingerprint = str(dataset._fingerprint)
     return [Source(source.name, "dataset", (i, min(i + DATASET_ROWS, len(dataset))), fingerprint) for i in stops]
@@ -328,7 +328,7 @@ def _read_parquet(source: Source, text_field: str) -> Iterator[str]:
 
 
 def _read_dataset(source: Source, text_field: str) -> Iterator[str]:
-    dataset = _load_dataset(source.name)
+    dataset = load_dataset(source.name)
     _check_column(source, text_field, dataset.column_names)
     first, last = source.rows or (0, len(dataset))
     dataset = dataset.select_columns([text_field]).with_format("arrow")
@@ -363,7 +363,7 @@ def _blocks(texts: Iterable[str | None]) -> Iterator[str]:
     yield "".join([*block, DOCUMENT_END])
 
 
-def _load_dataset(name: str) -> Any:
+def load_dataset(name: str) -> Any:
     import datasets
 
     path, _, rest = name.partition(":")

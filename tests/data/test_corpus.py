@@ -21,6 +21,7 @@ from jaxptm.config import TextData
 from jaxptm.data import prepare as preparing
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.prepare import prepare, split_sentences
+from jaxptm.data.shards import NpyFile
 from jaxptm.data.tokenizer import load_tokenizer, tokenizer_hash, train_wordpiece
 from jaxptm.errors import JaxptmError
 
@@ -340,15 +341,15 @@ def test_a_full_disk_keeps_finished_shards(
     directory = tmp_path / "prepared"
     calls = []
 
-    def write(self: preparing._NpyFile, values: np.ndarray) -> None:
+    def write(self: NpyFile, values: np.ndarray) -> None:
         calls.append(len(values))
         if len(calls) == 10:  # in the second shard
             raise OSError(errno.ENOSPC, "No space left on device")
         whole(self, values)
 
-    whole = preparing._NpyFile.write
+    whole = NpyFile.write
     with monkeypatch.context() as patch:
-        patch.setattr(preparing._NpyFile, "write", write)
+        patch.setattr(NpyFile, "write", write)
         with pytest.raises(JaxptmError, match=r"the disk is full. Finished shards are kept: free some space"):
             prepare(data, directory)
     assert len(list((directory / "shards").iterdir())) == 1
