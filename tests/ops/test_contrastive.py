@@ -34,12 +34,12 @@ def test_masks_are_spans_inside_the_row_and_fit_the_slots(seed: int, lengths: li
 
 
 def test_as_many_frames_are_masked_as_by_transformers() -> None:
-    frames, rows, span = 200, 3000, 10
+    frames, rows, span = 200, 3000, 10  # of which 0.6 makes whole numbers of spans: they round once a batch
     lengths = np.repeat([200, 150], rows // 2)
-    ours = np.asarray(mask_frames(keys(0, rows), jnp.array(lengths), frames, probability=0.65, span=span).mask)
+    ours = np.asarray(mask_frames(keys(0, rows), jnp.array(lengths), frames, probability=0.6, span=span).mask)
     attention = torch.arange(frames)[None] < torch.tensor(lengths)[:, None]
     np.random.seed(0)  # noqa: NPY002  (theirs draws from it)
-    theirs = _compute_mask_indices((rows, frames), 0.65, span, attention_mask=attention.long(), min_masks=2)
+    theirs = _compute_mask_indices((rows, frames), 0.6, span, attention_mask=attention.long(), min_masks=2)
     for part in (slice(0, rows // 2), slice(rows // 2, rows)):
         shares = [mask[part].sum(axis=1) / lengths[part] for mask in (ours, theirs)]
         error = 4 * np.sqrt(sum(share.var() / len(share) for share in shares))
@@ -48,7 +48,11 @@ def test_as_many_frames_are_masked_as_by_transformers() -> None:
         count = int(lengths[part][0])
         where = [mask[part, :count].reshape(-1, 10, count // 10).mean(axis=(0, 2)) for mask in (ours, theirs)]
         np.testing.assert_allclose(where[0], where[1], atol=0.035)
-    assert 0.45 < ours[:1500].mean() < 0.53  # the paper: about 49%
+
+
+def test_the_paper_masks_about_half_of_the_frames() -> None:
+    mask = mask_frames(keys(0, 500), jnp.full(500, 780), 780, probability=0.65, span=10).mask
+    assert float(mask.mean()) == pytest.approx(0.49, abs=0.01)  # section 4.2, of 15.6 s
 
 
 def test_a_row_draws_the_same_whatever_is_beside_it() -> None:
