@@ -345,7 +345,9 @@ class OptimizerConfig(Config):
 
     name: Literal["adamw", "bert_adam", "lamb"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
-    schedule: Literal["linear", "bert_linear", "electra_linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    schedule: Literal["linear", "bert_linear", "electra_linear", "cosine", "constant", "inverse_sqrt", "tri_stage"] = (
+        "linear"
+    )
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
     """Steps (an integer) or a share of all steps (a fraction below one)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

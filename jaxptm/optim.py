@@ -16,6 +16,8 @@ from jaxptm.types import Array, JaxptmError, Params
 
 LAYERS, LAYER = "encoder/layers/", "encoder/layer_"
 """In a path: layers stacked for a scan, and one layer."""
+TRI_STAGE_START, TRI_STAGE_HOLD, TRI_STAGE_END = 0.01, 0.4, 0.05
+"""Of `tri_stage`: the share of the peak that it begins at, of the run that it stays there, of the peak that is left."""
 DECAYED = {"kernel": True, "embedding": True, "bias": False, "scale": False}
 """Whether weight decay touches a leaf, by its name: matrices and tables shrink, biases and norm scales do not."""
 
@@ -101,14 +103,17 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     `linear` and `cosine` fall to 0 at `steps`, `constant` stays, `inverse_sqrt` falls as sqrt(warmup / step).
     `bert_linear` falls from step 0 on, so that it never reaches the peak after a warmup (google-research/bert
     `optimization.py`). `electra_linear` does so too, and the warmup multiplies what has fallen (google-research/electra
-    `optimization.py`).
+    `optimization.py`). `tri_stage` begins at 1% of the peak, stays there for 40% of the run after the warmup, and falls
+    exponentially to 5% (Baevski et al. 2020, section 4.3; fairseq `tri_stage_lr_scheduler.py`, with the figures of its
+    wav2vec configs).
 
     Raises:
         JaxptmError: the warmup leaves no step to decay in, or `inverse_sqrt` has none.
     """
     peak = config.learning_rate
     warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * steps)
-    if config.schedule in ("linear", "bert_linear", "electra_linear", "cosine") and warmup >= steps:
+    held = warmup + round(TRI_STAGE_HOLD * steps) if config.schedule == "tri_stage" else warmup
+    if config.schedule in ("linear", "bert_linear", "electra_linear", "cosine", "tri_stage") and held >= steps:
         raise JaxptmError(
             f"optimizer.warmup is {warmup} steps, but train.steps is {steps} and the {config.schedule} schedule has to "
             "fall after the warmup: shorten optimizer.warmup or raise train.steps."
@@ -126,6 +131,9 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
                 return optax.cosine_decay_schedule(peak, steps - warmup)(step - warmup)
             case "inverse_sqrt":
                 return peak * jnp.sqrt(warmup / jnp.maximum(step, warmup))
+            case "tri_stage":
+                share = jnp.clip((step - held) / (steps - held), 0.0, 1.0)
+                return peak * TRI_STAGE_END**share
             case "constant":
                 return peak
 
@@ -134,6 +142,8 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         rising = step / max(warmup, 1)
         if config.schedule == "electra_linear":
             return jnp.minimum(rising if warmup else 1.0, 1.0) * after_warmup(step)
+        if config.schedule == "tri_stage":
+            rising = TRI_STAGE_START + (1 - TRI_STAGE_START) * rising
         return jnp.where(step < warmup, peak * rising, after_warmup(step))
 
     return learning_rate

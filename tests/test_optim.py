@@ -185,6 +185,7 @@ def test_an_unknown_leaf_is_an_error():
         ("cosine", {0: 0, 1: 0.25, 4: 1, 8: 0.5 + 0.5**1.5, 12: 0.5, 20: 0, 25: 0}),
         ("constant", {0: 0, 1: 0.25, 4: 1, 12: 1, 20: 1}),
         ("inverse_sqrt", {0: 0, 1: 0.25, 4: 1, 16: 0.5, 100: 0.2}),
+        ("tri_stage", {0: 0.01, 2: 0.505, 4: 1, 8: 1, 12: 1, 16: 0.05**0.5, 20: 0.05, 25: 0.05}),
     ],
 )
 def test_schedules_by_hand(name, expected):
@@ -195,7 +196,7 @@ def test_schedules_by_hand(name, expected):
             assert float(rate(step)) == rate(jnp.int32(step))
 
 
-@pytest.mark.parametrize("name", ["linear", "bert_linear", "cosine", "constant"])
+@pytest.mark.parametrize("name", ["linear", "bert_linear", "cosine", "constant", "tri_stage"])
 def test_without_warmup_the_peak_is_at_the_start(name):
     assert schedule(config(schedule=name, warmup=0), 20)(0) == pytest.approx(0.01)
 
@@ -230,11 +231,11 @@ def test_schedules_agree_with_transformers(name, warmup):
     np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["linear", "bert_linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "bert_linear", "cosine", "tri_stage"])
 def test_a_warmup_as_long_as_the_run_is_an_error(name):
     with pytest.raises(JaxptmError, match=r"optimizer\.warmup is 20 steps, but train\.steps is 20"):
         schedule(config(schedule=name, warmup=20), 20)
-    schedule(config(schedule=name, warmup=19), 20)
+    schedule(config(schedule=name, warmup=19 if name != "tri_stage" else 11), 20)
 
 
 def test_a_long_warmup_is_fine_where_nothing_has_to_fall():
