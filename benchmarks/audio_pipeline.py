@@ -24,8 +24,7 @@ from pathlib import Path
 
 import soundfile
 
-from jaxptm.config import AudioData
-from jaxptm.data.audio import RATE
+from jaxptm.config import RATE, AudioData
 from jaxptm.data.batching import batches
 from jaxptm.data.recordings import Recordings, prepare_audio
 from jaxptm.data.speech import SpeechBuckets, usable

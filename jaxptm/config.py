@@ -18,6 +18,8 @@ from jaxptm.errors import JaxptmError
 
 IGNORED = -100
 """Label of a token that is not asked for, as in PyTorch and transformers."""
+RATE = 16_000
+"""Samples of audio a second, of all models."""
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -310,9 +312,32 @@ class QuestionAnsweringConfig(FineTuningConfig):
 
 
 class ContrastiveConfig(Config):
-    """`contrastive`: which of several quantised frames is the one that was masked (wav2vec 2.0)."""
+    """`contrastive`: find the quantised form of each masked frame among others (wav2vec 2.0).
+
+    The defaults are those of the base model (Baevski et al. 2020, section 4.2; fairseq,
+    wav2vec2_base_librispeech.yaml). The large one has `last_temperature: 0.1`, `feature_weight: 0` and
+    `feature_gradient: 1`.
+    """
 
     name: Literal["contrastive"]
+    mask_probability: Annotated[float, Field(gt=0, le=1)] = 0.65
+    """Frames in spans over all frames, overlaps counted twice; about half of the frames are masked. The paper's p is a
+    tenth of it."""
+    mask_length: Positive = 10
+    """Frames of a span."""
+    negatives: Positive = 100
+    """Other masked frames of the same row that each one is found among."""
+    logit_temperature: Annotated[float, Field(gt=0)] = 0.1
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Of the quantiser's softmax, at the start."""
+    last_temperature: Annotated[float, Field(gt=0)] = 0.5
+    temperature_decay: Annotated[float, Field(gt=0, le=1)] = 0.999995
+    """What multiplies it at every step, down to `last_temperature`."""
+    diversity_weight: Annotated[float, Field(ge=0)] = 0.1
+    feature_weight: Annotated[float, Field(ge=0)] = 10.0
+    """Of the mean square of the convolutions' features."""
+    feature_gradient: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Multiplies the gradient of the convolutions."""
 
     def slots(self, sequence_length: int) -> int:
         """Tokens of a row that a language-model head runs on: there is none."""
@@ -320,9 +345,18 @@ class ContrastiveConfig(Config):
 
 
 class CtcConfig(FineTuningConfig):
-    """`ctc`: a transcript, by connectionist temporal classification."""
+    """`ctc`: a transcript, by connectionist temporal classification.
+
+    The masks are those of wav2vec 2.0 with ten hours of labels (fairseq, base_10h.yaml); 0 switches them off.
+    """
 
     name: Literal["ctc"]
+    mask_probability: Share = 0.65
+    """Frames in spans over all frames, in training."""
+    mask_length: Positive = 10
+    channel_mask_probability: Share = 0.5
+    """Channels in spans over all channels, in training."""
+    channel_mask_length: Positive = 64
 
 
 ObjectiveConfig = Annotated[

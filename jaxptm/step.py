@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Int
 
 from jaxptm.objectives import Objective
 from jaxptm.optim import apply_updates
@@ -37,7 +38,9 @@ def make_update(
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
         step_key = jax.random.fold_in(key, state.step)
-        grads, means = gradients(objective, state.params, batch, row_keys(step_key, batch, axis), accumulate, axis)
+        grads, means = gradients(
+            objective, state.params, batch, row_keys(step_key, batch, axis), accumulate, axis, state.step
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         means["grad_norm"] = Mean(optax.tree.norm(grads), jnp.ones(()))
         params = apply_updates(state.params, updates, jax.random.fold_in(step_key, NO_ROW))
@@ -56,7 +59,13 @@ def row_keys(key: Array, batch: Batch, axis: str | None = None) -> Array:
 
 
 def gradients(
-    objective: Objective, params: Params, batch: Batch, keys: Array, accumulate: int, axis: str | None = None
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    keys: Array,
+    accumulate: int,
+    axis: str | None = None,
+    step: int | Int[Array, ""] = 0,
 ) -> tuple[Params, Means]:
     """The gradient of the loss over the whole batch, in float32, and the batch's means with `loss` among them."""
 
@@ -64,10 +73,12 @@ def gradients(
         return sums if axis is None else jax.lax.psum(sums, axis)
 
     def weights_of(batch: Batch, keys: Array) -> dict[str, Array]:
-        return {name: term.weight for name, term in objective.loss(params, batch, keys, train=True)[0].items()}
+        return {
+            name: term.weight for name, term in objective.loss(params, batch, keys, train=True, step=step)[0].items()
+        }
 
     def value(params: Params, batch: Batch, keys: Array, weights: dict[str, Array] | None) -> tuple[Array, Means]:
-        terms, scores = objective.loss(params, batch, keys, train=True)
+        terms, scores = objective.loss(params, batch, keys, train=True, step=step)
         if weights is None:
             weights = over_devices(jax.lax.stop_gradient({name: term.weight for name, term in terms.items()}))
         # Each term is divided by its weight over the whole batch, so that the gradients of parts simply add up.

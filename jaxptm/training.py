@@ -197,8 +197,10 @@ def _train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _without_frozen(objective: Objective, frozen: Sequence[str]) -> Objective:
-    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
-        return objective.loss(stop_frozen(params, frozen), batch, keys, train=train)
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
+        return objective.loss(stop_frozen(params, frozen), batch, keys, train=train, step=step)
 
     return replace(objective, loss=loss) if frozen else objective
 

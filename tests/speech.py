@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import transformers
 
+from jaxptm.models.params import flatten
+from jaxptm.pretrained import Model
+
 HEADS = {None: "Model", "ctc": "ForCTC", "sequence-classification": "ForSequenceClassification"}
 CLASSES = {
     "wav2vec2": {task: f"Wav2Vec2{name}" for task, name in {**HEADS, "contrastive": "ForPreTraining"}.items()},
@@ -81,3 +84,19 @@ def reopened(directory: Path, task: str | None, family: str = "wav2vec2") -> Any
     model, report = getattr(transformers, CLASSES[family][task]).from_pretrained(directory, output_loading_info=True)
     assert not any(report.values()), report
     return model
+
+
+def assert_gradients_agree(model: Model, theirs: Any, gradient: Any) -> None:
+    """Within 1e-3 of the largest entry of each tensor's gradient."""
+    gradients = flatten(gradient)
+    for row in model.family.table(model.config, model.task).rows:
+        grad = theirs.get_parameter(row.theirs).grad
+        if grad is None:
+            assert not any(np.asarray(gradients[path]).any() for path in row.paths), row.theirs
+            continue
+        for path, part in zip(row.paths, row.operation.load(grad.numpy()), strict=True):
+            # A key's bias shifts all scores of a query alike: its gradient is zero, but for its kernel's rounding.
+            whole = row.theirs.replace("k_proj.bias", "k_proj.weight")
+            scale = float(theirs.get_parameter(whole).grad.abs().max())
+            assert scale > 0, path
+            assert np.abs(gradients[path] - part).max() <= 1e-3 * scale, path

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from jaxptm.config import RATE
 from jaxptm.errors import JaxptmError
 
-RATE = 16_000
-"""Samples a second of all audio inside jaxptm."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64", ".sph")
 """What a folder is searched for."""
 BLOCK = 2**20

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int, Int16
 
-from jaxptm.config import AudioData
-from jaxptm.data.audio import RATE, BadAudio, decode
+from jaxptm.config import RATE, AudioData
+from jaxptm.data.audio import BadAudio, decode
 from jaxptm.data.shards import (
     NpyFile,
     Progress,

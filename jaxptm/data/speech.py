@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Int32
 
-from jaxptm.config import IGNORED, AudioData
-from jaxptm.data.audio import RATE, normalized
+from jaxptm.config import IGNORED, RATE, AudioData
+from jaxptm.data.audio import normalized
 from jaxptm.data.characters import Characters
 from jaxptm.data.examples import LENGTH_STEP, Buckets, bucket_lengths
 from jaxptm.data.recordings import Recordings

@@ -56,7 +56,9 @@ def replaced_token_detection(
     def init(key: Array) -> Params:
         return merge(initialise(discriminator, key), initialise(generator, jax.random.fold_in(key, 1)))
 
-    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
         parts = split(params)
         mask_keys, sample_keys, *dropout_keys = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}

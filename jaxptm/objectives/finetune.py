@@ -114,7 +114,9 @@ def question_answering(module: TextModel) -> Objective:
 
     objective = _fine_tuning(module, judge, {"start_loss": 0.5, "end_loss": 0.5})
 
-    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
         return objective.loss(fix_padding(params), batch, keys, train=train)
 
     return replace(objective, loss=loss)
@@ -125,7 +127,9 @@ def _fine_tuning(module: TextModel, judge: Judge, coefficients: Mapping[str, flo
         inputs = ("input_ids", "attention_mask", "token_type_ids")
         return module.apply({"params": params}, **{name: batch.get(name) for name in inputs}, **options)
 
-    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
         arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
         out = apply(params, arrays, train=train, rngs={"dropout": keys[0]})
         real = arrays["attention_mask"].astype(bool)

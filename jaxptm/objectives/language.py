@@ -28,7 +28,9 @@ def masked_language_model(
     slots = config.slots(sequence_length)
     is_special, continues_word = (jnp.asarray(table) for table in vocabulary)
 
-    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
         mask_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
         ids, real = arrays["input_ids"], arrays["attention_mask"].astype(bool)
@@ -83,7 +85,9 @@ def causal_language_model(config: CausalLmConfig, module: TextModel) -> Objectiv
     is predicted across their borders. Term: `clm_loss`, the mean over all predicted tokens, in nats.
     """
 
-    def loss(params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
         arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
         ids, real, segments = arrays["input_ids"], arrays["attention_mask"].astype(bool), arrays.get("segment_ids")
         out = module.apply(

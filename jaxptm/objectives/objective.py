@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jaxtyping import Int
 
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TextModel
+from jaxptm.nn.model import PretrainedModule
 from jaxptm.types import Array, Batch, Means, Params
 
 
@@ -17,7 +18,9 @@ from jaxptm.types import Array, Batch, Means, Params
 class Loss(Protocol):
     """The losses and scores of some rows of a batch."""
 
-    def __call__(self, params: Params, batch: Batch, keys: Array, *, train: bool) -> tuple[Means, Means]:
+    def __call__(
+        self, params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
         """Returns (terms, scores).
 
         The loss is the weighted sum of the terms' means over the whole batch. Terms stay apart because each has a
@@ -26,6 +29,7 @@ class Loss(Protocol):
         Args:
             keys: [B], one PRNG key a row: whatever a row draws does not depend on the rows beside it.
             train: dropout on.
+            step: updates done so far, for what changes with them.
         """
 
 
@@ -58,7 +62,7 @@ class Objective:
         predict: (parameters, batch) -> what the model says of each row; None where the terms and scores tell all.
     """
 
-    modules: Mapping[str, TextModel]
+    modules: Mapping[str, PretrainedModule]
     init: Callable[[Array], Params]
     loss: Loss
     flops: Callable[[int, int], float]
@@ -69,7 +73,7 @@ class Objective:
     predict: Callable[[Params, Batch], dict[str, Array]] | None = None
 
     @property
-    def module(self) -> TextModel:
+    def module(self) -> PretrainedModule:
         """The model that users are after."""
         return next(iter(self.modules.values()))
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Key
 from jaxptm.types import Array, Mean
 
 MINIMUM_SPANS = 2
-"""Of a row (fairseq, wav2vec2.py: `min_masks=2`)."""
+"""Of a row (fairseq, wav2vec2.py, `min_masks`)."""
 
 
 class MaskedFrames(NamedTuple):
@@ -31,24 +31,31 @@ def target_slots(frames: int, probability: float, span: int) -> int:
 
 
 def mask_frames(
-    keys: Key[Array, " B"], lengths: Int[Array, " B"], frames: int, *, probability: float, span: int
+    keys: Key[Array, " B"],
+    lengths: Int[Array, " B"],
+    frames: int,
+    *,
+    probability: float,
+    span: int,
+    at_least: int = MINIMUM_SPANS,
 ) -> MaskedFrames:
     """Hides spans of `span` frames, which may overlap (Baevski et al. 2020, sections 3.1 and 4.2).
 
-    A row of n frames has int(probability * n / span + u) spans, u uniform in [0, 1), and at least two. Their first
+    A row of n frames has int(probability * n / span + u) spans, u uniform in [0, 1), and `at_least`. Their first
     frames are drawn without replacement from those that a whole span fits behind (fairseq, data_utils.py,
     `compute_mask_indices`). With the paper's 0.65 and 10 about half of the frames are hidden.
 
     Args:
         lengths: frames of each row that are no padding.
         frames: of a row, padding included.
+        at_least: spans of a row; two in fairseq's wav2vec 2.0.
     """
     slots = target_slots(frames, probability, span)
 
     def of_row(key: Array, length: Array) -> Array:
         count_key, start_key = jax.random.split(key)
         count = jnp.floor(probability * length / span + jax.random.uniform(count_key)).astype(jnp.int32)
-        count = jnp.maximum(count, MINIMUM_SPANS)
+        count = jnp.maximum(count, at_least)
         index = jnp.arange(frames)
         fits = index <= length - span
         order = jnp.argsort(jnp.where(fits, jax.random.uniform(start_key, (frames,)), jnp.inf))

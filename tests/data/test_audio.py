@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as arrays
 from recorded import damaged, encoded, tone, write_audio
 from transformers import Wav2Vec2FeatureExtractor
 
-from jaxptm.data.audio import RATE, BadAudio, Preprocessor, decode, normalized, resample
+from jaxptm.config import RATE
+from jaxptm.data.audio import BadAudio, Preprocessor, decode, normalized, resample
 from jaxptm.errors import JaxptmError
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from recorded import damaged, tone, write_audio
 
-from jaxptm.config import AudioData
+from jaxptm.config import RATE, AudioData
 from jaxptm.data import recordings as recording
-from jaxptm.data.audio import RATE, decode
+from jaxptm.data.audio import decode
 from jaxptm.data.recordings import AudioManifest, Recordings, prepare_audio, to_int16
 from jaxptm.errors import JaxptmError
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from recorded import tone, write_audio
 from transformers import Wav2Vec2FeatureExtractor
 
-from jaxptm.config import IGNORED, AudioData
-from jaxptm.data.audio import RATE
+from jaxptm.config import IGNORED, RATE, AudioData
 from jaxptm.data.batching import Rows, batches, one_pass
 from jaxptm.data.characters import Characters
 from jaxptm.data.recordings import Recordings, prepare_audio

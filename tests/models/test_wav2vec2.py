@@ -20,7 +20,7 @@ from jaxptm.models import FAMILIES, PRESETS
 from jaxptm.models.params import abstract_params, flatten, initialise, stacked
 from jaxptm.nn.audio import AudioModel
 from jaxptm.nn.core import Execution
-from jaxptm.pretrained import Model, from_pretrained
+from jaxptm.pretrained import from_pretrained
 from jaxptm.types import JaxptmError
 
 TOLERANCE = 5e-5
@@ -129,21 +129,6 @@ def test_masked_channels(tmp_path: Path) -> None:
 # Gradients
 
 
-def assert_gradients_agree(model: Model, theirs: Any, gradient: Any) -> None:
-    gradients = flatten(gradient)
-    for row in model.family.table(model.config, model.task).rows:
-        grad = theirs.get_parameter(row.theirs).grad
-        if grad is None:
-            assert not any(np.asarray(gradients[path]).any() for path in row.paths), row.theirs
-            continue
-        for path, part in zip(row.paths, row.operation.load(grad.numpy()), strict=True):
-            # A key's bias shifts all scores of a query alike: its gradient is zero, but for its kernel's rounding.
-            whole = row.theirs.replace("k_proj.bias", "k_proj.weight")
-            scale = float(theirs.get_parameter(whole).grad.abs().max())
-            assert scale > 0, path
-            assert np.abs(gradients[path] - part).max() <= 1e-3 * scale, path
-
-
 @pytest.mark.parametrize("style", speech.STYLES)
 def test_gradients_of_ctc_agree_with_torch(style: str, tmp_path: Path) -> None:
     import optax
@@ -172,7 +157,7 @@ def test_gradients_of_ctc_agree_with_torch(style: str, tmp_path: Path) -> None:
 
     found, gradient = jax.jit(jax.value_and_grad(loss))(ours.params)
     assert found == pytest.approx(out.loss.item(), rel=1e-5)
-    assert_gradients_agree(ours, theirs, gradient)
+    speech.assert_gradients_agree(ours, theirs, gradient)
 
 
 @pytest.mark.parametrize("style", speech.STYLES)
@@ -207,7 +192,7 @@ def test_training_of_the_contrastive_head_agrees_with_torch(
     (_, said), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(ours.params)
     for name in ("projected_states", "projected_quantized_states", "codevector_perplexity"):
         np.testing.assert_allclose(said[name], out[name].detach().numpy(), atol=TOLERANCE, err_msg=name)
-    assert_gradients_agree(ours, theirs, gradient)
+    speech.assert_gradients_agree(ours, theirs, gradient)
 
 
 # Files

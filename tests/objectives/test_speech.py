@@ -1,0 +1,142 @@
+"""Objectives of speech against transformers and torch: the whole pre-training loss and CTC, values and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import speech
+import torch
+
+from jaxptm.config import ContrastiveConfig, CtcConfig
+from jaxptm.objectives.speech import contrastive, ctc
+from jaxptm.ops.contrastive import draw_negatives, mask_frames
+from jaxptm.pretrained import from_pretrained
+from jaxptm.step import gradients
+
+SETTINGS = ContrastiveConfig(
+    name="contrastive", mask_length=3, negatives=6, temperature_decay=0.5, last_temperature=0.1
+)
+
+
+def batch_of(lengths: tuple[int, ...] = speech.LENGTHS) -> dict[str, np.ndarray]:
+    arrays = speech.inputs(padded=True)
+    mask = (np.arange(speech.SAMPLES)[None] < np.array(lengths)[:, None]).astype(np.int32)
+    return {"input_values": np.where(mask == 1, arrays["input_values"], 0).astype(np.float32), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("style", speech.STYLES)
+def test_the_pretraining_loss_and_its_gradient(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = speech.saved(tmp_path, "contrastive", **speech.STYLES[style], **speech.NO_DROPOUT).train()
+    ours, batch, step = from_pretrained(tmp_path, "contrastive"), batch_of((603, 350, 200)), 2
+    keys = jax.random.split(jax.random.key(5), 3)
+    objective = contrastive(SETTINGS, ours.module)  # type: ignore[arg-type]
+    terms, scores = objective.loss(ours.params, batch, keys, train=True, step=step)
+    found, _ = gradients(objective, ours.params, batch, keys, 1, step=step)
+
+    # What it draws, drawn again.
+    mask_keys, negative_keys, noise_keys, _ = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
+    frames = ours.config.frames(speech.SAMPLES)  # type: ignore[attr-defined]
+    lengths = np.array([ours.config.frames(n) for n in (603, 350, 200)])  # type: ignore[attr-defined]
+    masked = mask_frames(mask_keys, jnp.array(lengths), frames, probability=0.65, span=3)
+    positions, counts = np.asarray(masked.positions), np.asarray(masked.weights).sum(axis=1).astype(int)
+    slots = positions.shape[1]
+    drawn = np.asarray(draw_negatives(negative_keys, jnp.array(counts), slots, 6))
+    gumbel = np.asarray(jax.vmap(lambda key: jax.random.gumbel(key, (slots, 3, 7)))(noise_keys))
+    noise = np.zeros((3, frames, 3, 7), np.float32)
+    negatives = np.zeros((3, frames, 6), np.int64)
+    for row in range(3):
+        at = positions[row, : counts[row]]
+        noise[row, at] = gumbel[row, : counts[row]]
+        negatives[row, at] = positions[row][drawn[row, : counts[row]]] + row * frames
+
+    def gumbel_softmax(logits: torch.Tensor, tau: float, hard: bool) -> torch.Tensor:
+        soft = torch.softmax((logits + torch.tensor(noise).reshape(logits.shape)) / tau, dim=-1)
+        return torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]) - soft.detach() + soft
+
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", gumbel_softmax)
+    theirs.set_gumbel_temperature(2.0 * 0.5**step)
+    convolved: list[torch.Tensor] = []
+    theirs.wav2vec2.feature_extractor.register_forward_hook(lambda module, given, out: convolved.append(out))
+    out = theirs(
+        torch.tensor(batch["input_values"]),
+        attention_mask=torch.tensor(batch["attention_mask"]),
+        mask_time_indices=torch.tensor(np.asarray(masked.mask)),
+        sampled_negative_indices=torch.tensor(negatives),
+    )
+    real = torch.arange(frames)[None] < torch.tensor(lengths)[:, None]
+    penalty = (convolved[0].transpose(1, 2).square().mean(-1) * real).sum() / real.sum()
+    total = int(counts.sum())
+    (out.loss / total + 10 * penalty).backward()
+    for parameter in theirs.wav2vec2.feature_extractor.parameters():
+        parameter.grad *= 0.1
+
+    assert float(terms["contrastive_loss"].total) == pytest.approx(out.contrastive_loss.item(), rel=1e-5)
+    assert float(terms["contrastive_loss"].weight) == total
+    assert float(terms["diversity_loss"].total) == pytest.approx(out.diversity_loss.item(), rel=1e-5)
+    assert float(terms["feature_penalty"].value) == pytest.approx(penalty.item(), rel=1e-5)
+    whole = out.loss.item() / total + 10 * penalty.item()
+    assert float(objective.total(terms)) == pytest.approx(whole, rel=1e-5)
+    used = sum(float(scores[f"code_perplexity_{i}"].value) for i in (1, 2, 3))
+    assert used == pytest.approx(out.codevector_perplexity.item(), rel=1e-5)
+    assert float(scores["audio_seconds"].total) == pytest.approx((603 + 350 + 200) / 16000)
+    speech.assert_gradients_agree(ours, theirs, found)
+
+
+def test_a_row_of_padding_changes_nothing(tmp_path: Path) -> None:
+    speech.saved(tmp_path, "contrastive", **speech.STYLES["large"], **speech.NO_DROPOUT)
+    ours = from_pretrained(tmp_path, "contrastive")
+    objective, keys = contrastive(SETTINGS, ours.module), jax.random.split(jax.random.key(1), 3)  # type: ignore[arg-type]
+    batch = batch_of((603, 350, 0))
+    whole, _ = objective.loss(ours.params, batch, keys, train=True)
+    part, _ = objective.loss(ours.params, {name: rows[:2] for name, rows in batch.items()}, keys[:2], train=True)
+    for name, mean in part.items():
+        assert float(whole[name].value) == pytest.approx(float(mean.value), rel=1e-5), name
+
+
+@pytest.mark.parametrize("style", speech.STYLES)
+def test_ctc_and_its_gradient(style: str, tmp_path: Path) -> None:
+    theirs = speech.saved(tmp_path, "ctc", **speech.STYLES[style], **speech.NO_DROPOUT, ctc_zero_infinity=True)
+    ours, batch = from_pretrained(tmp_path, "ctc"), batch_of()
+    labels = np.random.default_rng(2).integers(1, 11, (3, 6)).astype(np.int32)
+    labels[1, 4:] = -100
+    labels[2, 2:] = -100  # one frame is too few for two symbols
+    objective = ctc(CtcConfig(name="ctc", mask_probability=0, channel_mask_probability=0), ours.module)  # type: ignore[arg-type]
+    keys = jax.random.split(jax.random.key(0), 3)
+    terms, scores = objective.loss(ours.params, {**batch, "labels": labels}, keys, train=True)
+    found, _ = gradients(objective, ours.params, {**batch, "labels": labels}, keys, 1)
+    out = theirs(
+        torch.tensor(batch["input_values"]),
+        attention_mask=torch.tensor(batch["attention_mask"]),
+        labels=torch.tensor(labels, dtype=torch.long),
+    )
+    (out.loss / 10).backward()
+    assert float(terms["ctc_loss"].total) == pytest.approx(out.loss.item(), rel=1e-5)
+    assert float(terms["ctc_loss"].weight) == 10  # symbols of the rows that fit
+    speech.assert_gradients_agree(ours, theirs, found)
+    paths = np.asarray(objective.predict(ours.params, batch)["path"])  # type: ignore[misc]
+    best = out.logits.argmax(-1).numpy()
+    lengths = [ours.config.frames(n) for n in speech.LENGTHS]  # type: ignore[attr-defined]
+    for row, length in enumerate(lengths):
+        assert paths[row, :length].tolist() == best[row, :length].tolist() and not paths[row, length:].any()
+    blanks = sum(int((best[row, :length] == 0).sum()) for row, length in enumerate(lengths))
+    assert float(scores["blank_share"].value) == pytest.approx(blanks / sum(lengths))
+
+
+def test_masks_of_ctc_are_of_training_alone(tmp_path: Path) -> None:
+    speech.saved(tmp_path, "ctc", **speech.STYLES["large"], **speech.NO_DROPOUT)
+    ours = from_pretrained(tmp_path, "ctc")
+    batch: dict[str, Any] = {**batch_of(), "labels": np.array([[1, 2], [3, -100], [4, -100]], np.int32)}
+    settings = {"mask_length": 3, "channel_mask_length": 8}
+    values = {}
+    for name, masks in {"both": {}, "none": {"mask_probability": 0.0, "channel_mask_probability": 0.0}}.items():
+        objective = ctc(CtcConfig(name="ctc", **settings, **masks), ours.module)  # type: ignore[arg-type]
+        for train in (True, False):
+            keys = jax.random.split(jax.random.key(3), 3)
+            values[name, train] = float(objective.loss(ours.params, batch, keys, train=train)[0]["ctc_loss"].value)
+    assert values["both", False] == values["none", False] == pytest.approx(values["none", True], rel=1e-6)
+    assert abs(values["both", True] - values["none", True]) > 1e-3
