@@ -231,6 +231,12 @@ def _shown(metrics: Mapping[str, SupportsFloat]) -> list[str]:
             parts.append(f"{label.removesuffix('accuracy')}acc {value:.1%}")
         elif name.endswith("tokens_per_second"):
             parts.append(f"{value / 1000:.1f}k tokens/s")
+        elif name.endswith("audio_seconds_per_second"):
+            parts.append(f"{value:.0f} s/s")
+        elif "perplexity" in name:
+            parts.append(f"{label} {value:.1f}")
+        elif name.endswith(("wer", "cer", "blank_share")):
+            parts.append(f"{label} {value:.1%}")
         elif name.endswith("utilisation"):
             parts.append(f"util {value:.0%}")
     return parts

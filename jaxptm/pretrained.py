@@ -233,6 +233,7 @@ def from_pretrained(
     task: str | None = None,
     *,
     num_labels: int | None = None,
+    vocab_size: int | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
@@ -246,6 +247,7 @@ def from_pretrained(
             "sequence-classification", "token-classification", "multiple-choice", "question-answering", "ctc",
             "contrastive", or "auto": what config.json says.
         num_labels: of a classification head; default what config.json says.
+        vocab_size: symbols of a CTC head; default what config.json says.
         dtype: of the computation.
         param_dtype: of the parameters.
         mesh: devices that each get a copy of the parameters; default the first device.
@@ -265,8 +267,10 @@ def from_pretrained(
     config = read_config(family, hf_config, directory)
     if task == "question-answering":
         num_labels = 2  # start and end; transformers sizes this head, too, by the number of labels
-    if num_labels is not None:
-        config = validate(family.config, {**config.model_dump(), "num_labels": num_labels}, "from_pretrained")
+    sizes = {"num_labels": num_labels, "vocab_size": vocab_size}
+    if any(size is not None for size in sizes.values()):
+        given = {name: size for name, size in sizes.items() if size is not None}
+        config = validate(family.config, {**config.model_dump(), **given}, "from_pretrained")
 
     execution = Execution(jnp.dtype(dtype), jnp.dtype(param_dtype))
     if (directory / ORBAX_PARAMS).is_dir():
@@ -314,19 +318,21 @@ def read_config(family: Family, hf_config: Mapping[str, Any], directory: Path) -
 
 
 def model_config(
-    model: str | Mapping[str, Any], vocab_size: int, pad_token_id: int | None = None
+    model: str | Mapping[str, Any], vocab_size: int | None, pad_token_id: int | None = None
 ) -> tuple[Family, ModelConfig]:
     """The model of a training config: a preset, a directory or hub name, or `{preset: ..., field: value}`.
 
     Args:
-        vocab_size: of the tokenizer; a preset takes it unless the fields say otherwise, as it does `pad_token_id`.
+        vocab_size: of the tokenizer, if there is one; a preset takes it unless the fields say otherwise, as it does
+            `pad_token_id`.
 
     Raises:
         JaxptmError: no such preset or field, or a vocabulary smaller than the tokenizer's.
     """
     fields = {"preset": model} if isinstance(model, str) else dict(model)
     preset = fields.pop("preset", None)
-    of_tokenizer = {"vocab_size": vocab_size} | ({} if pad_token_id is None else {"pad_token_id": pad_token_id})
+    of_tokenizer = {"vocab_size": vocab_size, "pad_token_id": pad_token_id}
+    of_tokenizer = {name: value for name, value in of_tokenizer.items() if value is not None}
     if preset in PRESETS:
         family, config = PRESETS[preset]
         fields = {**config.model_dump(), **of_tokenizer, **fields}
@@ -344,7 +350,7 @@ def model_config(
         family = FAMILIES[name]
         fields = {**of_tokenizer, **fields}
     config = validate(family.config, fields, "model")
-    if config.vocab_size < vocab_size:
+    if config.vocab_size < (vocab_size or 0):
         raise JaxptmError(
             f"model.vocab_size: {config.vocab_size} is too small for the tokenizer's {vocab_size} entries."
         )

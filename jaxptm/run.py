@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxptm.config import (
     AudioData,
     CausalLmConfig,
+    ContrastiveConfig,
+    CtcConfig,
     MaskedLmConfig,
     MultipleChoiceConfig,
     ParallelConfig,
@@ -33,13 +35,14 @@ from jaxptm.data.batching import Rows
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.examples import LengthBuckets
 from jaxptm.data.prepare import prepare
+from jaxptm.data.recordings import prepare_audio
 from jaxptm.data.shards import Progress
 from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenStream
 from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
 from jaxptm.hosts import exchange, is_main, together
 from jaxptm.models.electra import ElectraConfig
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TextModel
+from jaxptm.nn.text import TextConfig, TextModel
 from jaxptm.objectives import Objective
 from jaxptm.objectives.electra import replaced_token_detection
 from jaxptm.objectives.finetune import (
@@ -49,8 +52,10 @@ from jaxptm.objectives.finetune import (
     token_classification,
 )
 from jaxptm.objectives.language import causal_language_model, masked_language_model
+from jaxptm.objectives.speech import contrastive, ctc
 from jaxptm.ops.masking import vocabulary_tables
 from jaxptm.pretrained import Model, check_vocabulary, from_pretrained, model_config
+from jaxptm.speech import Listener, hear
 from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
 from jaxptm.tasks import Score, Write, count_labels, hf_labels, open_task, task_tokenizer
 from jaxptm.types import JaxptmError
@@ -125,13 +130,18 @@ def open_run(config: TrainConfig, models: Mapping[str, Model] | None = None, pro
     Raises:
         JaxptmError: whatever does not fit together, before any step is taken.
     """
-    if isinstance(config.data, AudioData):
-        raise JaxptmError("this version prepares speech (`jaxptm prepare`) and does not train on it yet.")
-    if not isinstance(config.data, TextData):
-        with together():
-            run = _open_labelled(config, models)
-    else:
-        run = _open_text(config, config.data, models, progress)
+    match config.data:
+        case TextData() as data:
+            prepared = _prepared(config, progress)
+            with together():
+                run = _open_prepared(config, data, models, prepared)
+        case AudioData() as data:
+            prepared = _prepared(config, progress)
+            with together():
+                run = _open_speech(config, data, models, prepared)
+        case _:
+            with together():
+                run = _open_labelled(config, models)
     if len(set(exchange(run.corpus))) > 1:
         raise JaxptmError("the processes hold different data; give all of them the same files under `data`.")
     return run
@@ -148,6 +158,7 @@ def _open_labelled(config: TrainConfig, models: Mapping[str, Model] | None) -> R
     objective = make_objective(
         config, tokenizer, None if model is None else {"model": model.module}, task.class_weights
     )
+    assert isinstance(objective.module.config, TextConfig)
     limit = objective.module.config.max_length
     if data.max_length > limit:
         raise JaxptmError(f"data.max_length: {data.max_length} is more than the {limit} tokens that the model takes.")
@@ -174,26 +185,47 @@ def _open_labelled(config: TrainConfig, models: Mapping[str, Model] | None) -> R
     )
 
 
-def _open_text(
-    config: TrainConfig, data: TextData, models: Mapping[str, Model] | None, progress: Progress | None
-) -> Run:
+def _prepared(config: TrainConfig, progress: Progress | None) -> Path:
+    """The directory of shards, on this machine."""
     prepared = prepared_directory(config)
     with together():
         if is_main():  # the other processes wait
-            _prepare(data, prepared, progress)
+            _prepare(config.data, prepared, progress)
     machines, manifests = exchange(socket.gethostname()), exchange(_fingerprint_of(prepared / "manifest.json"))
     with together():
         # Machines that do not see what process 0 has made do the same, by their first process each.
         first = machines.index(socket.gethostname()) == jax.process_index()
         if first and manifests[jax.process_index()] != manifests[0]:
-            _prepare(data, prepared, None)
-    with together():
-        return _open_prepared(config, data, models, prepared)
+            _prepare(config.data, prepared, None)
+    return prepared
 
 
-def _prepare(data: TextData, prepared: Path, progress: Progress | None) -> None:
-    if prepare(data, prepared, progress=progress) is None:
+def _prepare(data: Any, prepared: Path, progress: Progress | None) -> None:
+    shards = (prepare if isinstance(data, TextData) else prepare_audio)(data, prepared, progress=progress)
+    if shards is None:
         raise JaxptmError(f"{prepared}: other hosts are still preparing their files; start again when they are done.")
+
+
+def _open_speech(config: TrainConfig, data: AudioData, models: Mapping[str, Model] | None, prepared: Path) -> Run:
+    loop, model = config.train, None if models is None else models["model"]
+    heard = hear(config, prepared, config.init_from if model is None else model.source)
+    if heard.labels is not None:
+        config = config.model_copy(update={"data": data.model_copy(update={"labels": heard.labels})})
+    objective = make_objective(config, heard.listener, None if model is None else {"model": model.module})
+    held_out = {} if heard.held_out is None else {"": HeldOut(heard.held_out, heard.score)}
+    return Run(
+        config=config,
+        directory=local_directory(config.out),
+        checkpoints=checkpoint_directory(config.out),
+        tokenizer=heard.listener,
+        objective=objective,
+        train=heard.train,
+        length=heard.train.lengths[-1],
+        held_out=held_out,
+        corpus=heard.corpus,
+        steps=loop.steps or math.ceil((loop.epochs or 0) * len(heard.train) / loop.batch_size),
+        hf_config=hf_labels(config),
+    )
 
 
 def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Model] | None, prepared: Path) -> Run:
@@ -204,15 +236,16 @@ def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Mod
             raise JaxptmError(f"{model.source} has another vocabulary than data.tokenizer {data.tokenizer}.")
     modules = None if models is None else {name: model.module for name, model in models.items()}
     objective = make_objective(config, tokenizer, modules)
-    module = objective.module
-    if data.sequence_length > module.config.max_length:
+    sizes = objective.module.config
+    assert isinstance(sizes, TextConfig)
+    if data.sequence_length > sizes.max_length:
         raise JaxptmError(
-            f"data.sequence_length: {data.sequence_length} is more than the {module.config.max_length} tokens that "
-            f"the model has positions for (model.max_position_embeddings: {module.config.max_position_embeddings})."
+            f"data.sequence_length: {data.sequence_length} is more than the {sizes.max_length} tokens that "
+            f"the model has positions for (model.max_position_embeddings: {sizes.max_position_embeddings})."
         )
-    if data.format == "pairs" and module.config.type_vocab_size < 2:
+    if data.format == "pairs" and sizes.type_vocab_size < 2:
         raise JaxptmError(
-            f"model.type_vocab_size: {module.config.type_vocab_size} is too small for data.format: pairs, whose second "
+            f"model.type_vocab_size: {sizes.type_vocab_size} is too small for data.format: pairs, whose second "
             "segment has token type 1."
         )
     train, held_out = Corpus.open(prepared, "train"), None
@@ -227,7 +260,7 @@ def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Mod
         special = special_tokens(tokenizer)
         if data.format == "packed":
             return PackedSentences(corpus, special, data.sequence_length, seed, data.separate_documents)
-        swapped = module.config.sentence_order
+        swapped = sizes.sentence_order
         return SentencePairs(corpus, special, data.sequence_length, seed, data.short_probability, swapped)
 
     seed = config.train.seed
@@ -251,7 +284,7 @@ def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Mod
 def make_objective(
     config: TrainConfig,
     tokenizer: Any,
-    modules: Mapping[str, TextModel] | None = None,
+    modules: Mapping[str, Any] | None = None,
     class_weights: Sequence[float] | None = None,
 ) -> Objective:
     """What `config` trains, over text of `tokenizer`.
@@ -260,8 +293,9 @@ def make_objective(
         JaxptmError: objective, model and tokenizer do not go together.
     """
     settings, data = config.objective, config.data
-    assert not isinstance(data, AudioData)
     modules = modules or make_modules(config, tokenizer)
+    if isinstance(data, AudioData):
+        return _speech_objective(settings, modules["model"], class_weights)
     source = "the tokenizer of the model" if data.tokenizer is None else f"data.tokenizer {data.tokenizer}"
     for module in modules.values():
         check_vocabulary(tokenizer, module.config, source)
@@ -293,22 +327,38 @@ def make_objective(
     )
 
 
-def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, TextModel]:
+def _speech_objective(settings: Any, module: Any, class_weights: Sequence[float] | None) -> Objective:
+    match settings:
+        case ContrastiveConfig():
+            return contrastive(settings, module)
+        case CtcConfig():
+            return ctc(settings, module)
+    return sequence_classification(module, settings.problem_type, class_weights)
+
+
+def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     """The modules that `config` trains, by the directory of the run that they are exported to.
 
     Raises:
         JaxptmError: the model's family has no head for the objective, or its generator does not come out.
     """
-    family, model = model_config(config.model, len(tokenizer), tokenizer.pad_token_id)
-    task = config.objective.name
-    if family.module is not TextModel:
-        raise JaxptmError(f"model: a {family.model_type} reads audio, and objective.name {task!r} learns from text.")
+    task, writes = config.objective.name, len(tokenizer) > 0
+    # The head of CTC alone depends on the vocabulary, of which a pre-trained encoder knows nothing.
+    family, model = model_config(
+        config.model, len(tokenizer) if writes and task != "ctc" else None, tokenizer.pad_token_id
+    )
+    reads_audio = family.module is not TextModel
+    if reads_audio != isinstance(config.data, AudioData):
+        kind, other = ("audio", "text") if reads_audio else ("text", "audio")
+        raise JaxptmError(f"model: a {family.model_type} reads {kind}, and `data` holds {other}.")
     if task not in family.architectures:
         tasks = ", ".join(str(name) for name in family.architectures if name is not None)
         raise JaxptmError(f"objective.name: a {family.model_type} does not learn {task!r}; it learns {tasks}.")
     labels = count_labels(config)
     if labels is not None:
         model = model.model_copy(update={"num_labels": labels})
+    if task == "ctc":
+        model = model.model_copy(update={"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
     execution = Execution(
         dtype=jnp.dtype(config.train.dtype),
         param_dtype=jnp.dtype(config.train.param_dtype),
@@ -412,6 +462,18 @@ def tokenizer_directory(config: TrainConfig) -> Path:
     if isinstance(config.data, TextData):
         return prepared_directory(config) / "tokenizer"
     return local_directory(config.out) / "tokenizer"
+
+
+def open_tokenizer(config: TrainConfig) -> Any:
+    """What `tokenizer_directory` holds: a tokenizer or, of speech, a listener.
+
+    Raises:
+        JaxptmError: it has been moved away.
+    """
+    directory = tokenizer_directory(config)
+    if isinstance(config.data, AudioData):
+        return Listener.load(directory, writes=config.objective.name == "ctc")
+    return load_tokenizer(directory)
 
 
 def _fingerprint(data: TextData | AudioData) -> str:

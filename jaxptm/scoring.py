@@ -90,3 +90,14 @@ def chunks(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 def choices(logits: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> dict[str, float]:
     """`accuracy`."""
     return {"accuracy": float(np.mean(logits.argmax(axis=1) == labels))}
+
+
+def transcripts(said: Sequence[str], right: Sequence[str]) -> dict[str, float]:
+    """`wer` and `cer`: substitutions, deletions and insertions of words and of characters over the right ones' count.
+
+    Over all utterances together, as jiwer counts.
+    """
+    import jiwer
+
+    words, characters = jiwer.process_words(list(right), list(said)), jiwer.process_characters(list(right), list(said))
+    return {"wer": float(words.wer), "cer": float(characters.cer)}

@@ -71,6 +71,8 @@ def _loaded_params(run: Run, source: str) -> Params:
     options: dict[str, Any] = {"param_dtype": objective.execution.param_dtype, "seed": run.config.train.seed}
     if isinstance(run.config.objective, FineTuningConfig):
         options["new_head"] = run.config.objective.new_head
+    if run.config.objective.name == "ctc":
+        options["vocab_size"] = objective.module.config.vocab_size
     models = open_models(source, run.config, **options)
     loaded = objective.join({name: model.params for name, model in models.items()})
     ours, theirs = (

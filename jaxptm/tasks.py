@@ -121,8 +121,11 @@ def count_labels(config: TrainConfig) -> int | None:
             return 1
         case SequenceClassificationConfig(problem_type="regression"), TableData(label_column=columns):
             return 1 if isinstance(columns, str) else len(columns)
-        case SequenceClassificationConfig() | TokenClassificationConfig(), GlueData() | TableData() as data:
-            return len(data.labels or ())
+        case (
+            SequenceClassificationConfig() | TokenClassificationConfig(),
+            GlueData() | TableData() | AudioData() as data,
+        ):
+            return len(data.labels or ()) or None
         case FineTuningConfig(name="question-answering"), _:
             return 2  # start and end
     return None
@@ -133,7 +136,7 @@ def hf_labels(config: TrainConfig) -> dict[str, Any]:
     said: dict[str, Any] = {}
     if isinstance(config.objective, SequenceClassificationConfig):
         said["problem_type"] = config.objective.problem_type
-    if isinstance(config.data, GlueData | TableData) and config.data.labels:
+    if isinstance(config.data, GlueData | TableData | AudioData) and config.data.labels:
         said["id2label"] = {str(i): name for i, name in enumerate(config.data.labels)}
         said["label2id"] = {name: i for i, name in enumerate(config.data.labels)}
     return said

@@ -15,12 +15,13 @@ from dataclasses import replace
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from rich.console import Console
 
 from jaxptm.checkpoint import Checkpoints, is_better
@@ -34,6 +35,7 @@ from jaxptm.interruption import StopSignal, explain_failures
 from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, progress_lines, read_metrics, write_results
 from jaxptm.models import family_of
 from jaxptm.models.params import unstacked
+from jaxptm.nn.text import TextConfig, TextModel
 from jaxptm.objectives import Objective
 from jaxptm.optim import decayed_leaves, optimizer, schedule, stop_frozen
 from jaxptm.parallel import (
@@ -46,7 +48,7 @@ from jaxptm.parallel import (
     put_batch,
 )
 from jaxptm.pretrained import Model
-from jaxptm.run import Run, claim_directory, make_objective, open_run, tokenizer_directory
+from jaxptm.run import Run, claim_directory, make_objective, open_run, open_tokenizer, tokenizer_directory
 from jaxptm.state import first_state, gathered, stored_form
 from jaxptm.step import make_update
 from jaxptm.storage import Mirror, checkpoint_directory
@@ -138,7 +140,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             source = batches(run.train, loop.batch_size, start, ahead, rows)
             for step, batch in enumerate(source, start + 1):
                 on_device = put_batch(mesh, batch, loop.batch_size)
-                with window.step(on_device["input_ids"].shape):
+                with window.step(on_device[run.objective.module.config.input_names[0]].shape):
                     state, means = update(state, on_device)
                 window.add(means)
                 progress.advance(step)
@@ -217,8 +219,10 @@ def export(run: Run, params: Params) -> list[Path]:
 
 
 def _models(objective: Objective, params: Params, directory: Path, hf_config: Mapping[str, Any]) -> dict[str, Model]:
-    tokenizer = load_tokenizer(directory)
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    ends = {}
+    if isinstance(objective.module, TextModel):
+        tokenizer = load_tokenizer(directory)
+        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     return {
         name: Model(
             family_of(module.config),
@@ -245,7 +249,7 @@ def restore_model(directory: str | Path, step: int | None = None, part: str = "m
     config = load_config(Mirror(str(directory)).pull("config.yaml"))
     directory = checkpoint_directory(str(directory))
     tokenizer = tokenizer_directory(config)
-    objective = make_objective(config, load_tokenizer(tokenizer))
+    objective = make_objective(config, open_tokenizer(config))
     if part not in objective.modules:
         raise JaxptmError(f"{directory}: the run trains no part {part!r}, only {', '.join(objective.modules)}.")
     shapes = jax.eval_shape(lambda key: unstacked(objective.init(key)), jax.random.key(0))  # as they are stored
@@ -304,6 +308,12 @@ class _Best:
 class _Window:
     """Sums the means of the steps since the last log, and the time that they took."""
 
+    COUNTED: ClassVar[dict[str, str]] = {
+        "token_share": "tokens_per_second",
+        "audio_seconds": "audio_seconds_per_second",
+    }
+    """Scores whose totals count what is read, and what their rates are called."""
+
     def __init__(self, run: Run, start: int, peak: float) -> None:
         self._run, self._step, self._peak = run, start, peak
         self._pending: list[tuple[Means, bool]] = []
@@ -336,11 +346,12 @@ class _Window:
             self._flops += self._shapes[self._shape]
 
     def close(self) -> dict[str, float]:
-        """The means since the last call, tokens (without padding) a second, and model FLOP utilisation."""
+        """The means since the last call, tokens or audio (without padding) a second, and model FLOP utilisation."""
         with self.paused():
             values = {name: float(total / max(weight, 1e-5)) for name, (total, weight) in self._sums.items()}
-            if self._tokens:
-                values["tokens_per_second"] = self._tokens / self._seconds
+            for name, count in self._counts.items():
+                values[self.COUNTED[name]] = count / self._seconds
+            if self._counts:
                 values["utilisation"] = self._flops / self._seconds / self._peak
             self._clear()
         return values
@@ -363,14 +374,16 @@ class _Window:
                         f"{self._run.checkpoints}; lower optimizer.learning_rate, lengthen "
                         "optimizer.warmup or tighten optimizer.clip, and start in another `out`."
                     )
-            self._tokens += means["token_share"].total if timed else 0.0
+            for name in self.COUNTED.keys() & means.keys() if timed else ():
+                self._counts[name] = self._counts.get(name, 0.0) + float(means[name].total)
             for name, mean in means.items():
                 self._sums[name] = self._sums.get(name, np.zeros(2)) + np.array(mean, np.float64)
         self._pending = []
 
     def _clear(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
-        self._tokens, self._flops, self._seconds = 0.0, 0.0, 0.0
+        self._counts: dict[str, float] = {}
+        self._flops, self._seconds = 0.0, 0.0
 
 
 def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
@@ -382,9 +395,9 @@ def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     return [
         f"{run.checkpoints.parent}: {run.config.objective.name}, {count:,} parameters, {devices}",
-        f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of their tokens are not padding",
+        f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of what they hold is not padding",
         f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
-        format_memory(_cost(run, mesh)),
+        *([format_memory(_cost(run, mesh))] if isinstance(run.objective.module, TextModel) else []),
     ]
 
 
@@ -404,6 +417,7 @@ def _cost(run: Run, mesh: Mesh) -> StepCost:
             **mesh.shape,
         )
         for name, module in objective.modules.items()
+        if isinstance(module.config, TextConfig)
     ]
     return reduce(operator.add, costs)
 
@@ -437,7 +451,7 @@ def _results(run: Run, params: Params, mesh: Mesh, seconds: float, step: int, ex
         "exported_step": exported,
         "train": newest("train/", step),
         "eval": newest("eval/", exported),
-        "tokens_per_second": typical("train/tokens_per_second"),
+        **{name: rate for name in _Window.COUNTED.values() if (rate := typical(f"train/{name}")) is not None},
         "utilisation": typical("train/utilisation"),
         "seconds": seconds,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -68,6 +68,16 @@ def best_path(log_probs: Float[np.ndarray, "F V"], blank: int) -> list[Span]:
     ends = [*changes[1:].tolist(), len(frames)]
     runs = zip(frames[changes].tolist(), changes.tolist(), ends, strict=True)
     return [Span(symbol, start, end) for symbol, start, end in runs if symbol != blank]
+
+
+def written(path: Int[np.ndarray, " F"], blank: int, spell: Mapping[int, str]) -> str:
+    """The text of the likeliest symbol of each frame, spaces at its ends left out.
+
+    Args:
+        spell: symbol -> characters; others spell nothing.
+    """
+    kept = path[np.flatnonzero(np.diff(path, prepend=-1))].tolist()
+    return " ".join("".join(spell.get(symbol, "") for symbol in kept if symbol != blank).split())
 
 
 def beam_search(

@@ -370,6 +370,12 @@ class Recordings:
         return len(self.ids)
 
     @property
+    def fingerprint(self) -> str:
+        """Names the utterances by what is known of them."""
+        known = [list(zip(self.ids, self.texts, self.labels, strict=True)), self.lengths.tolist()]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+
+    @property
     def seconds(self) -> float:
         """Of all utterances."""
         return float(self.lengths.sum() / RATE)

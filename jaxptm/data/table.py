@@ -156,7 +156,7 @@ def found_labels(values: Iterable[Any]) -> list[str]:
         number = re.fullmatch(r"-?\d+", label)
         return number is None, float(label) if number else 0.0, label
 
-    return sorted({_label(value) for value in values}, key=order)
+    return sorted({label_of(value) for value in values}, key=order)
 
 
 def label_ids(table: Table, name: str, labels: Sequence[str]) -> np.ndarray:
@@ -166,7 +166,7 @@ def label_ids(table: Table, name: str, labels: Sequence[str]) -> np.ndarray:
         JaxptmError: a label is not among them.
     """
     known = {label: i for i, label in enumerate(labels)}
-    return np.array([_id(table, at, _label(v), known) for at, v in enumerate(table.column(name))], np.int32)
+    return np.array([_id(table, at, label_of(v), known) for at, v in enumerate(table.column(name))], np.int32)
 
 
 def label_sets(table: Table, names: str | Sequence[str], labels: Sequence[str]) -> np.ndarray:
@@ -182,13 +182,13 @@ def label_sets(table: Table, names: str | Sequence[str], labels: Sequence[str]) 
             if not isinstance(cell, list):
                 raise JaxptmError(f"{table.where(at)}: {names!r} holds {cell!r}, expected a list of labels.")
             for label in cell:
-                marks[at, _id(table, at, _label(label), known)] = 1
+                marks[at, _id(table, at, label_of(label), known)] = 1
         return marks
     for i, name in enumerate(names):
         for at, cell in enumerate(table.column(name)):
-            if _label(cell) not in ("0", "1"):
+            if label_of(cell) not in ("0", "1"):
                 raise JaxptmError(f"{table.where(at)}: {name!r} holds {cell!r}, expected 0 or 1.")
-            marks[at, i] = int(_label(cell))
+            marks[at, i] = int(label_of(cell))
     return marks
 
 
@@ -324,7 +324,8 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(bare) :]
 
 
-def _label(value: Any) -> str:
+def label_of(value: Any) -> str:
+    """A label as it is named: numbers and truth values as whole numbers."""
     if isinstance(value, bool):
         return str(int(value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

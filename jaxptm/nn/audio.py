@@ -73,6 +73,7 @@ class AudioConfig(ModelConfig):
     """Classify a learned average of all hidden states, and not the last one."""
     classifier_proj_size: Positive = 256
 
+    input_names: ClassVar[tuple[str, ...]] = ("input_values", "attention_mask")
     own_fields: ClassVar[tuple[str, ...]] = ("num_labels",)
     optional_keys: ClassVar[tuple[str, ...]] = ()
     normed_states: ClassVar[bool] = False
@@ -323,6 +324,10 @@ class AudioModel(PretrainedModule):
     def example(self) -> Float[Array, "B T"]:
         """One frame."""
         return jnp.zeros((1, self.config.receptive_field))
+
+    def flops(self, rows: int, length: int, targets: int = 0) -> float:
+        """See `forward_flops`."""
+        return forward_flops(self.config, self.task, rows, length, targets)
 
     @nn.compact
     def __call__(

@@ -26,6 +26,9 @@ class ModelConfig(TransformerConfig):
     optional_keys: ClassVar[tuple[str, ...]] = ("activation_dropout", "layerdrop")
     """Fields that transformers has no key for: config.json lacks them where they are null or 0."""
 
+    input_names: ClassVar[tuple[str, ...]] = ()
+    """What a batch holds for the model; the first one tells the shape of its rows."""
+
     def checked_inputs(self, task: str | None, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inputs of a call, of the types that the module takes.
 
@@ -45,4 +48,13 @@ class PretrainedModule(nn.Module):
 
     def example(self) -> Array:
         """The smallest first argument of a call, which parameters are initialised with."""
+        raise NotImplementedError
+
+    def flops(self, rows: int, length: int, targets: int = 0) -> float:
+        """Floating point operations of the matrix products of one forward pass.
+
+        Args:
+            length: of a row, padding included, in what the model reads: tokens or samples.
+            targets: positions a row that a head for some of them runs on.
+        """
         raise NotImplementedError

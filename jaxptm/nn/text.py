@@ -50,6 +50,7 @@ class TextConfig(ModelConfig):
     pooler: bool = True
     """Whether the bare encoder has a pooler; heads that need one have it regardless."""
 
+    input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     own_fields: ClassVar[tuple[str, ...]] = (*ModelConfig.own_fields, "pooler")
     optional_keys: ClassVar[tuple[str, ...]] = (
         *ModelConfig.optional_keys,
@@ -219,6 +220,10 @@ class TextModel(PretrainedModule):
     def example(self) -> Int[Array, "*C L"]:
         """Eight tokens of one row."""
         return jnp.zeros((1, 2, 8) if self.task == "multiple-choice" else (1, 8), jnp.int32)
+
+    def flops(self, rows: int, length: int, targets: int = 0) -> float:
+        """See `forward_flops`."""
+        return forward_flops(self.config, self.task, rows, length, targets)
 
     @nn.compact
     def __call__(

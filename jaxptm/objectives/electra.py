@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxptm.config import ReplacedTokenConfig
 from jaxptm.models.params import initialise
-from jaxptm.nn.text import TextModel, forward_flops
+from jaxptm.nn.text import TextModel
 from jaxptm.objectives.objective import Objective
 from jaxptm.ops.losses import accuracy, binary_cross_entropy, cross_entropy, token_share
 from jaxptm.ops.masking import VocabularyTables, mask_with_replacement, replace_masked
@@ -106,9 +106,7 @@ def replaced_token_detection(
         modules={"model": discriminator, "generator": generator},
         init=init,
         loss=loss,
-        flops=lambda rows, length: sum(
-            forward_flops(module.config, module.task, rows, length, slots) for module in (discriminator, generator)
-        ),
+        flops=lambda rows, length: sum(module.flops(rows, length, slots) for module in (discriminator, generator)),
         coefficients={
             "generator_loss": config.generator_weight,
             "discriminator_loss": config.discriminator_weight,

@@ -12,9 +12,17 @@ from jaxtyping import Float
 
 from jaxptm.config import IGNORED
 from jaxptm.models.params import initialise
-from jaxptm.nn.text import TextModel, forward_flops
+from jaxptm.nn.model import PretrainedModule
+from jaxptm.nn.text import TextModel
 from jaxptm.objectives.objective import Objective
-from jaxptm.ops.losses import accuracy, binary_cross_entropy, cross_entropy, squared_error, token_share
+from jaxptm.ops.losses import (
+    accuracy,
+    audio_seconds,
+    binary_cross_entropy,
+    cross_entropy,
+    squared_error,
+    token_share,
+)
 from jaxptm.types import Array, Batch, Mean, Means, Params
 
 Arrays = Mapping[str, Array]
@@ -23,7 +31,7 @@ Judge = Callable[[Arrays, Arrays, Float[Array, " B"]], tuple[Means, Means]]
 
 
 def sequence_classification(
-    module: TextModel, problem_type: str, class_weights: Sequence[float] | None = None
+    module: PretrainedModule, problem_type: str, class_weights: Sequence[float] | None = None
 ) -> Objective:
     """A label, several labels or numbers for each row.
 
@@ -122,10 +130,12 @@ def question_answering(module: TextModel) -> Objective:
     return replace(objective, loss=loss)
 
 
-def _fine_tuning(module: TextModel, judge: Judge, coefficients: Mapping[str, float] | None = None) -> Objective:
+def _fine_tuning(module: PretrainedModule, judge: Judge, coefficients: Mapping[str, float] | None = None) -> Objective:
+    name, count = ("token_share", token_share) if isinstance(module, TextModel) else ("audio_seconds", audio_seconds)
+
     def apply(params: Params, batch: Batch, **options: Any) -> dict[str, Array]:
-        inputs = ("input_ids", "attention_mask", "token_type_ids")
-        return module.apply({"params": params}, **{name: batch.get(name) for name in inputs}, **options)
+        inputs = {name: batch[name] for name in module.config.input_names if name in batch}
+        return module.apply({"params": params}, **inputs, **options)
 
     def loss(
         params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
@@ -134,13 +144,13 @@ def _fine_tuning(module: TextModel, judge: Judge, coefficients: Mapping[str, flo
         out = apply(params, arrays, train=train, rngs={"dropout": keys[0]})
         real = arrays["attention_mask"].astype(bool)
         terms, scores = judge(out, arrays, real.any(axis=tuple(range(1, real.ndim))).astype(jnp.float32))
-        return terms, scores | {"token_share": token_share(real.reshape(-1, real.shape[-1]))}
+        return terms, scores | {name: count(real.reshape(-1, real.shape[-1]))}
 
     return Objective(
         modules={"model": module},
         init=lambda key: initialise(module, key),
         loss=loss,
-        flops=lambda rows, length: forward_flops(module.config, module.task, rows, length, 0),
+        flops=module.flops,
         coefficients=coefficients or {},
         predict=apply,
     )

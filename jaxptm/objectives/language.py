@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxptm.config import CausalLmConfig, MaskedLmConfig
 from jaxptm.models.params import initialise
-from jaxptm.nn.text import TextModel, forward_flops
+from jaxptm.nn.text import TextModel
 from jaxptm.objectives.objective import Objective
 from jaxptm.ops.losses import accuracy, cross_entropy, token_share
 from jaxptm.ops.masking import VocabularyTables, mask_tokens
@@ -74,7 +74,7 @@ def masked_language_model(
         modules={"model": module},
         init=lambda key: initialise(module, key),
         loss=loss,
-        flops=lambda rows, length: forward_flops(module.config, module.task, rows, length, slots),
+        flops=lambda rows, length: module.flops(rows, length, slots),
     )
 
 
@@ -111,6 +111,6 @@ def causal_language_model(config: CausalLmConfig, module: TextModel) -> Objectiv
         modules={"model": module},
         init=lambda key: initialise(module, key),
         loss=loss,
-        flops=lambda rows, length: forward_flops(module.config, module.task, rows, length, config.slots(length)),
+        flops=lambda rows, length: module.flops(rows, length, config.slots(length)),
         summary=lambda values: {"perplexity": math.exp(min(values["clm_loss"], 700.0))},
     )

@@ -10,12 +10,13 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Int
 
-from jaxptm.config import IGNORED, RATE, ContrastiveConfig, CtcConfig
+from jaxptm.config import IGNORED, ContrastiveConfig, CtcConfig
 from jaxptm.models.params import initialise
-from jaxptm.nn.audio import AudioConfig, AudioModel, forward_flops
+from jaxptm.nn.audio import AudioConfig, AudioModel
 from jaxptm.nn.quantizer import perplexity
 from jaxptm.objectives.objective import Objective
 from jaxptm.ops.contrastive import contrastive_loss, draw_negatives, mask_frames, target_slots
+from jaxptm.ops.losses import audio_seconds
 from jaxptm.types import Array, Batch, Mean, Means, Params
 
 FEATURE_ENCODER = "embeddings/feature_encoder/"
@@ -78,14 +79,14 @@ def contrastive(config: ContrastiveConfig, module: AudioModel) -> Objective:
         scores = {
             "contrastive_accuracy": accuracy,
             **{f"code_perplexity_{i + 1}": Mean(used[i] * targets, targets) for i in range(groups)},
-            "audio_seconds": _seconds(attention),
+            "audio_seconds": audio_seconds(attention),
         }
         return terms, scores
 
     def flops(rows: int, samples: int) -> float:
         frames = module.config.frames(samples)
         targets = target_slots(frames, config.mask_probability, config.mask_length)
-        return forward_flops(module.config, module.task, rows, samples, targets)
+        return module.flops(rows, samples, targets)
 
     return Objective(
         modules={"model": module},
@@ -146,7 +147,7 @@ def ctc(config: CtcConfig, module: AudioModel) -> Objective:
         counted = jnp.where(fits, written.sum(axis=1), 0).astype(jnp.float32)
         terms = {"ctc_loss": Mean(jnp.sum(jnp.where(fits & (counted > 0), values, 0.0)), counted.sum())}
         blanks = jnp.argmax(logits, axis=-1) == blank
-        seconds = _seconds(jnp.asarray(batch["attention_mask"]))
+        seconds = audio_seconds(jnp.asarray(batch["attention_mask"]))
         return terms, {"blank_share": Mean.of(blanks, real.astype(jnp.float32)), "audio_seconds": seconds}
 
     def predict(params: Params, batch: Batch) -> dict[str, Array]:
@@ -158,7 +159,7 @@ def ctc(config: CtcConfig, module: AudioModel) -> Objective:
         modules={"model": module},
         init=lambda key: initialise(module, key),
         loss=loss,
-        flops=lambda rows, samples: forward_flops(module.config, module.task, rows, samples, 0),
+        flops=module.flops,
         predict=predict,
     )
 
@@ -168,12 +169,6 @@ def _frames(config: AudioConfig, attention_mask: Int[Array, "B T"]) -> tuple[Int
     frames = config.frames(attention_mask.shape[1])
     lengths = jnp.maximum(config.frames(attention_mask.sum(axis=1)), 0)
     return lengths, frames, jnp.arange(frames)[None] < lengths[:, None]
-
-
-def _seconds(attention_mask: Int[Array, "B T"]) -> Mean:
-    """Share of the samples that are no padding; its total counts the seconds of audio."""
-    there = jnp.broadcast_to(attention_mask.any(axis=1, keepdims=True), attention_mask.shape)
-    return Mean(attention_mask.sum(dtype=jnp.float32) / RATE, there.sum(dtype=jnp.float32) / RATE)
 
 
 def _gradient_scaled(params: Params, factor: float) -> Params:

@@ -6,12 +6,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Bool, Float, Int
 
+from jaxptm.config import RATE
 from jaxptm.types import Array, Mean
 
 
 def token_share(real: Bool[Array, "B L"]) -> Mean:
     """Share of the positions that are no padding, among the rows that hold anything; its total counts the tokens."""
     return Mean.of(real, jnp.broadcast_to(real.any(axis=1, keepdims=True), real.shape))
+
+
+def audio_seconds(real: Bool[Array, "B T"] | Int[Array, "B T"]) -> Mean:
+    """Share of the samples that are no padding; its total counts the seconds of audio."""
+    there = jnp.broadcast_to(real.any(axis=1, keepdims=True), real.shape)
+    return Mean(real.sum(dtype=jnp.float32) / RATE, there.sum(dtype=jnp.float32) / RATE)
 
 
 def cross_entropy(

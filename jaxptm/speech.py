@@ -1,0 +1,168 @@
+"""What recorded speech asks of a model: how it is heard, what it is written with, and what transcripts are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxptm import scoring
+from jaxptm.config import RATE, AudioData, TrainConfig
+from jaxptm.data.audio import Preprocessor
+from jaxptm.data.characters import Characters
+from jaxptm.data.recordings import Recordings
+from jaxptm.data.speech import SpeechBuckets, open_speech, transcripts
+from jaxptm.data.table import label_of
+from jaxptm.hf import files
+from jaxptm.nn.audio import AudioConfig
+from jaxptm.pretrained import model_config
+from jaxptm.tasks import Outputs, Score
+from jaxptm.transcription import written
+from jaxptm.types import JaxptmError
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What stands before a speech model and behind it, and is saved with it.
+
+    Attributes:
+        preprocessor: what is done to audio.
+        characters: what CTC writes with.
+    """
+
+    preprocessor: Preprocessor
+    characters: Characters | None = None
+
+    @classmethod
+    def load(cls, directory: str | Path, *, writes: bool) -> Listener:
+        """Opens what `save_pretrained` has written, or a checkpoint of transformers.
+
+        Args:
+            writes: whether there has to be a vocabulary.
+
+        Raises:
+            JaxptmError: there is none, or a file is damaged.
+        """
+        return cls(Preprocessor.load(directory), Characters.load(directory) if writes else None)
+
+    def __len__(self) -> int:
+        """Symbols of CTC; none where nothing is written."""
+        return 0 if self.characters is None else len(self.characters)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The blank of CTC."""
+        return None if self.characters is None else self.characters.blank
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the files that transformers' Wav2Vec2Processor opens."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.preprocessor.save(directory)
+        if self.characters is not None:
+            self.characters.save(directory)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Recorded speech, opened for an objective.
+
+    Attributes:
+        train: batches to learn from.
+        held_out: batches to evaluate on, in the order of the files within each length; None where nothing is.
+        score: what is said of them is worth; None where the objective's own terms and scores tell.
+        labels: the classes.
+        corpus: names what is learned from by its content.
+    """
+
+    train: SpeechBuckets
+    held_out: SpeechBuckets | None
+    score: Score | None
+    listener: Listener
+    labels: list[str] | None
+    corpus: str
+
+
+def hear(config: TrainConfig, prepared: Path, source: str | Path | None) -> Heard:
+    """Opens the prepared speech of a resolved config.
+
+    Args:
+        source: the checkpoint that is begun with or evaluated, which says how it hears and, unless `data.vocabulary`
+            does, what it writes with.
+
+    Raises:
+        JaxptmError: nothing usable is left, or the checkpoint's files do not fit.
+    """
+    data, name, loop = config.data, config.objective.name, config.train
+    assert isinstance(data, AudioData)
+    _, model = model_config(config.model, None)
+    if not isinstance(model, AudioConfig):
+        raise JaxptmError("model: reads text, and `data.train` is speech; name one of audio, such as wav2vec2-base.")
+    directory = None if source is None else files.resolve(source)
+    # A model that normalises over time has heard its padding when it learned.
+    preprocessor = Preprocessor(True, model.feat_extract_norm == "layer")
+    if directory is not None and (directory / "preprocessor_config.json").exists():
+        preprocessor = Preprocessor.load(directory)
+    if name == "ctc" and data.vocabulary is None:
+        own = directory is not None and (directory / "vocab.json").exists()
+        data = data.model_copy(update={"vocabulary": str(directory) if own else "characters"})
+    crop = name == "contrastive"
+    speech = open_speech(data, prepared, crop=crop, labelled=name == "sequence-classification", frames=model.frames)
+
+    def targets(recordings: Recordings) -> Any:
+        if speech.vocabulary is not None:
+            return transcripts(recordings, speech.vocabulary)
+        if speech.labels is not None:
+            places = {label: i for i, label in enumerate(speech.labels)}
+            return np.array([places[label_of(label)] for label in recordings.labels], np.int32)
+        return None
+
+    def buckets(recordings: Recordings, seed: int | None) -> SpeechBuckets:
+        return SpeechBuckets(
+            recordings,
+            loop.batch_size,
+            normalize=preprocessor.do_normalize,
+            targets=targets(recordings),
+            longest=round(data.max_seconds * RATE) if crop else None,
+            by_samples=data.batches == "samples",
+            seed=seed,
+        )
+
+    held_out = speech.held_out
+    score: Score | None = None
+    if held_out is not None and speech.vocabulary is not None:
+        score = partial(score_transcripts, characters=speech.vocabulary, texts=list(map(str, held_out.texts)))
+    elif held_out is not None and speech.labels is not None:
+        right = targets(held_out)
+
+        def score(outputs: Outputs) -> dict[str, float]:
+            return scoring.one_label(np.stack(outputs["logits"]), right)
+
+    return Heard(
+        train=buckets(speech.train, loop.seed),
+        held_out=None if held_out is None else buckets(held_out, None),
+        score=score,
+        listener=Listener(preprocessor, speech.vocabulary),
+        labels=speech.labels,
+        corpus=speech.train.fingerprint,
+    )
+
+
+def score_transcripts(outputs: Outputs, *, characters: Characters, texts: Sequence[str]) -> dict[str, float]:
+    """`wer` and `cer`: words and characters that are wrong, over those of the right transcripts (jiwer).
+
+    Args:
+        outputs: `path` [F] of each utterance: the likeliest symbol of each frame.
+        texts: what was said.
+    """
+    spelled = spelling(characters)
+    said = [written(np.asarray(path), characters.blank, spelled) for path in outputs["path"]]
+    return scoring.transcripts(said, [characters.normal(text) for text in texts])
+
+
+def spelling(characters: Characters) -> Mapping[int, str]:
+    """What each symbol spells; others, such as the start of a sentence, spell nothing."""
+    return {i: character for character, i in characters.ids.items()}
