@@ -10,6 +10,7 @@ from jaxptm.pipelines.classification import NextSentence, ReplacedToken, TextCla
 from jaxptm.pipelines.features import FeatureExtraction
 from jaxptm.pipelines.language import FillMask, TextGeneration
 from jaxptm.pipelines.questions import QuestionAnswering
+from jaxptm.pipelines.speech import AudioClassification, SpeechRecognition
 from jaxptm.pretrained import from_pretrained
 from jaxptm.types import JaxptmError
 
@@ -22,6 +23,8 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "feature-extraction": FeatureExtraction,
     "next-sentence": NextSentence,
     "replaced-token": ReplacedToken,
+    "automatic-speech-recognition": SpeechRecognition,
+    "audio-classification": AudioClassification,
 }
 
 

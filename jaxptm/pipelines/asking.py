@@ -84,6 +84,9 @@ def read_inputs(task: str, arguments: Sequence[str], columns: str | None = None)
         for number, line in enumerate(sys.stdin, 1):
             if line.strip():
                 yield Input(f"line {number}", _of_line(kind, names, line.rstrip("\r\n")))
+    if kind.reads_files:
+        yield from (Input(argument, argument) for argument in arguments)
+        return
     for number, argument in enumerate(arguments, 1):
         if not _is_file(argument):
             yield Input(f"input {number}", _of_line(kind, names, argument))

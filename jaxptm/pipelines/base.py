@@ -28,6 +28,8 @@ class Pipeline(ABC):
     """Names of the texts of an input."""
     needed: ClassVar[int] = 1
     """How many of them an input has at least; one that has a single text may be the text itself."""
+    reads_files: ClassVar[bool] = False
+    """Whether an input is itself a file, and no text."""
     bare: ClassVar[bool] = False
     """Whether the result for a list of one input is that input's own and no list."""
 
