@@ -71,7 +71,7 @@ class SpeechPipeline(Pipeline):
             raise JaxptmError("the audio holds NaN or infinite samples.")
         return samples
 
-    def _logits(self, rows: Sequence[Float32[np.ndarray, " T"]], batch_size: int) -> list[Float[np.ndarray, ...]]:
+    def _logits(self, rows: Sequence[np.ndarray], batch_size: int) -> list[np.ndarray]:
         """Of each recording, as it is heard alone.
 
         Models that are told of padding hear several together; the others one by one, each in its own length.
