@@ -3,8 +3,8 @@
     python benchmarks/speech_step.py [--preset wav2vec2-base] [--rows B] [--seconds S] [--repeats R] [--layers N]
 
 The loss is a random linear function of the last hidden state, without dropout, in float32; weights are random and equal
-on both sides, and the gradients are compared before anything is timed. The forms of the grouped convolution (`FORMS`) run
-on the preset's frames, width, groups and taps; their outputs and gradients are compared with torch's, too. All take
+on both sides, and the gradients are compared before anything is timed. The forms of the grouped convolution (`FORMS`)
+run on the preset's frames, width, groups and taps; outputs and gradients are compared with torch's, too. All take
 turns; counted are medians, and medians of the ratios to torch's turn of the same round. Prints JSON.
 """
 

@@ -256,7 +256,7 @@ class ConvPositions(nn.Module):
         scale = self.param("scale", lambda _: norm.astype(dtype))
         bias = self.param("bias", nn.initializers.zeros, (width,), dtype)
         kernel = (direction * (scale / norm)[:, None, None]).astype(self.execution.dtype)
-        # One convolution a group: the backward pass of a grouped one takes XLA sixteen times as long on a CPU.
+        # One convolution a group: the backward pass of a grouped one takes XLA fifteen times as long on a CPU.
         parts = [
             jax.lax.conv_general_dilated(
                 part,
