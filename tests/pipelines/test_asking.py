@@ -87,7 +87,9 @@ def test_options_are_the_arguments_of_the_pipeline() -> None:
     said = parse_options("token-classification", ["aggregation_strategy=simple", "stride=8", "ignore_labels=[]"])
     assert said == {"aggregation_strategy": "simple", "stride": 8, "ignore_labels": []}
     assert parse_options("feature-extraction", ["pooling=true"]) == {"pooling": True}
-    with pytest.raises(JaxptmError, match="fill-mask has no such argument, only top_k, targets, tokenizer_kwargs, batch_size"):
+    with pytest.raises(
+        JaxptmError, match="fill-mask has no such argument, only top_k, targets, tokenizer_kwargs, batch_size"
+    ):
         parse_options("fill-mask", ["stride=8"])
     with pytest.raises(JaxptmError, match="write it as name=value"):
         parse_options("fill-mask", ["top_k"])
