@@ -135,6 +135,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             if start:
                 progress.print(f"resuming at step {start} of {run.steps}")
             window = _Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
+            alarms = _Alarms(run, progress)
             clock = time.perf_counter() - seconds
             ahead = 0 if best.enough else run.steps - start
             source = batches(run.train, loop.batch_size, start, ahead, rows)
@@ -154,7 +155,9 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 improved = best.note(evaluation)
                 last = stop.requested(step) or step == run.steps or best.enough
                 if last or step % loop.log_every == 0:
-                    learned = {f"train/{name}": value for name, value in window.close().items()}
+                    means = window.close()
+                    alarms.sound(step, means)
+                    learned = {f"train/{name}": value for name, value in means.items()}
                     record = learned | {"train/learning_rate": float(learning_rate(step - 1))} | record
                 if record:
                     metrics.write(step, record)
@@ -303,6 +306,20 @@ class _Best:
             return self._asked
         self._waited += 1
         return False
+
+
+class _Alarms:
+    """Says what goes wrong, and once what goes on."""
+
+    def __init__(self, run: Run, progress: TrainingProgress) -> None:
+        self._run, self._progress = run, progress
+        self._sounding = False
+
+    def sound(self, step: int, means: Mapping[str, float]) -> None:
+        message = self._run.objective.alarm(means) if step > self._run.steps // 10 else None
+        if message is not None and not self._sounding:
+            self._progress.print(f"WARNING: step {step}: {message}")
+        self._sounding = message is not None
 
 
 class _Window:

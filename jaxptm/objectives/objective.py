@@ -45,6 +45,10 @@ def _nothing(values: Mapping[str, float]) -> dict[str, float]:
     return {}
 
 
+def _no_alarm(values: Mapping[str, float]) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is learned, and by which models.
@@ -59,6 +63,8 @@ class Objective:
         split: parameters -> those of each module. What modules share is in each of them.
         join: the way back.
         summary: further figures of an evaluation, from the values of its terms and scores.
+        alarm: the values of terms and scores in training -> what is going wrong, if anything; not asked in the first
+            tenth of a run, when nothing has been learned yet.
         predict: (parameters, batch) -> what the model says of each row; None where the terms and scores tell all.
     """
 
@@ -70,6 +76,7 @@ class Objective:
     split: Callable[[Params], dict[str, Params]] = _whole
     join: Callable[[Mapping[str, Params]], Params] = _only
     summary: Callable[[Mapping[str, float]], dict[str, float]] = _nothing
+    alarm: Callable[[Mapping[str, float]], str | None] = _no_alarm
     predict: Callable[[Params, Batch], dict[str, Array]] | None = None
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -94,7 +97,34 @@ def contrastive(config: ContrastiveConfig, module: AudioModel) -> Objective:
         loss=loss,
         flops=flops,
         coefficients={"diversity_loss": config.diversity_weight, "feature_penalty": config.feature_weight},
+        alarm=partial(collapse, negatives=config.negatives),
     )
+
+
+def collapse(values: Mapping[str, float], *, negatives: int) -> str | None:
+    """What is wrong with a pre-training that has stopped to learn (fairseq issues 3661, 3687, 3744), or None.
+
+    Args:
+        values: of the terms and scores of `contrastive`.
+    """
+    chance = math.log(negatives + 1)
+    used = [value for name, value in values.items() if name.startswith("code_perplexity")]
+    remedy = (
+        "raise train.batch_size (more seconds of audio a step), lower optimizer.learning_rate or lengthen its warmup"
+    )
+    if max(used) < 2:
+        return f"the codebooks have collapsed: each uses {max(used):.1f} of its entries at most; {remedy}."
+    if values["contrastive_accuracy"] > 0.95 and min(used) < 4:
+        return (
+            f"the task has become trivial: accuracy {values['contrastive_accuracy']:.1%} with {min(used):.1f} entries of "
+            f"a codebook in use; {remedy}."
+        )
+    if values["contrastive_loss"] > 0.995 * chance:
+        return (
+            f"the contrastive loss stands at chance: {values['contrastive_loss']:.3f} nats of {chance:.3f}, "
+            f"{values['contrastive_loss'] / math.log(2):.3f} bits; {remedy}."
+        )
+    return None
 
 
 def ctc(config: CtcConfig, module: AudioModel) -> Objective:

@@ -13,7 +13,7 @@ import speech
 import torch
 
 from jaxptm.config import ContrastiveConfig, CtcConfig
-from jaxptm.objectives.speech import contrastive, ctc
+from jaxptm.objectives.speech import collapse, contrastive, ctc
 from jaxptm.ops.contrastive import draw_negatives, mask_frames
 from jaxptm.pretrained import from_pretrained
 from jaxptm.step import gradients
@@ -140,3 +140,19 @@ def test_masks_of_ctc_are_of_training_alone(tmp_path: Path) -> None:
             values[name, train] = float(objective.loss(ours.params, batch, keys, train=train)[0]["ctc_loss"].value)
     assert values["both", False] == values["none", False] == pytest.approx(values["none", True], rel=1e-6)
     assert abs(values["both", True] - values["none", True]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "used", "message"),
+    [
+        (3.0, 0.4, (60.0, 80.0), None),
+        (4.61, 0.01, (60.0, 80.0), "stands at chance: 4.610 nats of 4.615, 6.651 bits"),
+        (0.05, 0.99, (3.0, 80.0), "has become trivial: accuracy 99.0% with 3.0 entries"),
+        (4.7, 0.01, (1.2, 1.0), "the codebooks have collapsed: each uses 1.2 of its entries"),
+    ],
+)
+def test_a_collapse_is_named(loss: float, accuracy: float, used: tuple[float, float], message: str | None) -> None:
+    values = {"contrastive_loss": loss, "contrastive_accuracy": accuracy}
+    values |= {f"code_perplexity_{i}": value for i, value in enumerate(used, 1)}
+    said = collapse(values, negatives=100)
+    assert said is None if message is None else message in str(said)
