@@ -155,9 +155,9 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 improved = best.note(evaluation)
                 last = stop.requested(step) or step == run.steps or best.enough
                 if last or step % loop.log_every == 0:
-                    means = window.close()
-                    alarms.sound(step, means)
-                    learned = {f"train/{name}": value for name, value in means.items()}
+                    closed = window.close()
+                    alarms.sound(step, closed)
+                    learned = {f"train/{name}": value for name, value in closed.items()}
                     record = learned | {"train/learning_rate": float(learning_rate(step - 1))} | record
                 if record:
                     metrics.write(step, record)

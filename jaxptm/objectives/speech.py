@@ -114,16 +114,12 @@ def collapse(values: Mapping[str, float], *, negatives: int) -> str | None:
     )
     if max(used) < 2:
         return f"the codebooks have collapsed: each uses {max(used):.1f} of its entries at most; {remedy}."
-    if values["contrastive_accuracy"] > 0.95 and min(used) < 4:
-        return (
-            f"the task has become trivial: accuracy {values['contrastive_accuracy']:.1%} with {min(used):.1f} entries of "
-            f"a codebook in use; {remedy}."
-        )
-    if values["contrastive_loss"] > 0.995 * chance:
-        return (
-            f"the contrastive loss stands at chance: {values['contrastive_loss']:.3f} nats of {chance:.3f}, "
-            f"{values['contrastive_loss'] / math.log(2):.3f} bits; {remedy}."
-        )
+    accuracy, loss = values["contrastive_accuracy"], values["contrastive_loss"]
+    if accuracy > 0.95 and min(used) < 4:
+        return f"the task has become trivial: accuracy {accuracy:.1%} with {min(used):.1f} entries in use; {remedy}."
+    if loss > 0.995 * chance:
+        bits = loss / math.log(2)
+        return f"the contrastive loss stands at chance: {loss:.3f} nats of {chance:.3f}, {bits:.3f} bits; {remedy}."
     return None
 
 
