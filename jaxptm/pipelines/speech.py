@@ -143,8 +143,8 @@ class SpeechRecognition(SpeechPipeline):
         ]
         heard = self._logits([samples for _, samples, _, _ in windows], batch_size)
         frames: list[list[np.ndarray]] = [[] for _ in recordings]
-        for (at, _, left, right), logits in zip(windows, heard, strict=True):
-            frames[at].append(logits[left : len(logits) - right])
+        for (at, _, first, last), logits in zip(windows, heard, strict=True):
+            frames[at].append(logits[first:last])
         results = [self._said(write(np.concatenate(parts)), return_timestamps) for parts in frames]
         return results[0] if single else results
 
@@ -156,9 +156,9 @@ class SpeechRecognition(SpeechPipeline):
     def _windows(
         self, samples: np.ndarray, chunk_length_s: float, stride_length_s: float | Sequence[float] | None
     ) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Windows of a recording, and the frames on both sides that are heard twice."""
+        """Windows of a recording, and which of their frames count: the others are heard twice."""
         if chunk_length_s == 0:
-            yield samples, 0, 0
+            yield samples, 0, len(samples)
             return
         step = self.config.stride
         usual = chunk_length_s / 6
@@ -175,7 +175,7 @@ class SpeechRecognition(SpeechPipeline):
             before, after = (0 if start == 0 else left), (0 if last else right)
             if len(window) > max(before, self.config.receptive_field):
                 count = round(len(window) / step)
-                yield window, round(before / len(window) * count), round(after / len(window) * count)
+                yield window, round(before / len(window) * count), count - round(after / len(window) * count)
             if last:
                 return
 
@@ -202,9 +202,11 @@ class SpeechRecognition(SpeechPipeline):
     def _said(self, spans: Sequence[Span], times: str | None) -> dict[str, Any]:
         characters = self.listener.characters
         assert characters is not None
-        spell, seconds = spelling(characters), self.config.stride / RATE
-        letters = [(spell.get(span.symbol, ""), span) for span in spans]
-        result: dict[str, Any] = {"text": " ".join("".join(letter for letter, _ in letters).split())}
+        seconds = self.config.stride / RATE
+        # As transformers writes; a symbol that is no character, which a trained model does not choose, by its name.
+        names = {i: token for token, i in characters.tokenizer.get_vocab().items()} | dict(spelling(characters))
+        letters = [(names.get(span.symbol, ""), span) for span in spans]
+        result: dict[str, Any] = {"text": "".join(letter for letter, _ in letters).strip()}
         if times is None:
             return result
         units: list[list[tuple[str, Span]]] = [[]]
