@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxptm.config import AudioData, TextData, dump_config, load_config, validate
+from jaxptm.config import RATE, AudioData, TextData, dump_config, load_config, validate
 from jaxptm.optim import schedule
 from jaxptm.pretrained import model_config
 from jaxptm.types import JaxptmError
@@ -34,7 +34,15 @@ def small(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_holds_together(path: Path) -> None:
     config = load_config(path)
-    if path.parent.name == "pretrain":
+    if isinstance(config.data, AudioData):
+        if config.objective.name == "contrastive":
+            _, model = model_config(config.model, None)
+            assert 4 * model.receptive_field < config.data.min_seconds * RATE < config.data.max_seconds * RATE
+            assert 0.05 <= config.optimizer.warmup / config.train.steps <= 0.1 or config.optimizer.warmup < 1
+        else:
+            assert config.model == config.init_from
+            assert config.optimizer.frozen == ["embeddings/feature_encoder"]
+    elif path.parent.name == "pretrain":
         _, model = model_config(config.model, config.data.vocab_size or 30522)
         assert config.data.sequence_length <= model.max_position_embeddings
         assert config.train.steps is not None
@@ -43,7 +51,9 @@ def test_each_config_holds_together(path: Path) -> None:
         assert config.train.steps is None and config.train.epochs
     steps, peak = config.train.steps or 1000, config.optimizer.learning_rate
     rates = [float(schedule(config.optimizer, steps)(step)) for step in (0, steps // 10, steps)]
-    assert rates[0] == 0 and 0 < rates[1] <= peak * (1 + 1e-6) and rates[2] < 1e-8
+    tri_stage = config.optimizer.schedule == "tri_stage"  # which goes from 1% to 5% of the peak
+    assert rates[0] == pytest.approx(0.01 * peak if tri_stage else 0) and 0 < rates[1] <= peak * (1 + 1e-6)
+    assert rates[2] == pytest.approx(0.05 * peak if tri_stage else 0, abs=1e-8)
     story = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in story.splitlines())
     for word in ("Paper:", "Command:", "Expect:"):
@@ -54,8 +64,9 @@ def test_each_config_holds_together(path: Path) -> None:
 def test_the_configs_that_must_exist_do() -> None:
     names = {path.stem for path in CONFIGS if path.parent.name == "pretrain"}
     assert {"quickstart", "bert_tiny", "bert_mini", "bert_base", "bert_large"} <= names
+    assert {"roberta_base", "electra_small", "electra_base", "gpt2_small", "wav2vec2_tiny", "wav2vec2_base"} <= names
     names = {path.stem for path in CONFIGS if path.parent.name == "finetune"}
-    assert {"glue", "squad", "classification", "token_classification"} <= names
+    assert {"glue", "squad", "classification", "token_classification", "ctc", "audio_classification"} <= names
 
 
 def test_bert_base_is_the_paper_s_recipe() -> None:

@@ -120,7 +120,9 @@ class FrameClassifier(nn.Module):
             shares = nn.softmax(self.param("scale", alike, (len(states),), self.execution.param_dtype))
             x = jnp.einsum("s,sbfd->bfd", shares.astype(x.dtype), jnp.stack(states))
         x = dense(self.config, self.execution, self.width, "project")(x).astype(jnp.float32)
-        mean = jnp.mean(x, axis=1, where=None if real is None else real[..., None])
+        counted = jnp.ones((*x.shape[:2], 1)) if real is None else real[..., None].astype(jnp.float32)
+        # A row of nothing but padding has the mean 0, so that it counts nothing and breaks nothing.
+        mean = jnp.sum(x * counted, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1.0)
         return dense(self.config, self.execution, self.labels, "dense")(mean).astype(jnp.float32)
 
 

@@ -13,6 +13,7 @@ import speech
 import torch
 
 from jaxptm.config import ContrastiveConfig, CtcConfig
+from jaxptm.objectives.finetune import sequence_classification
 from jaxptm.objectives.speech import collapse, contrastive, ctc
 from jaxptm.ops.contrastive import draw_negatives, mask_frames
 from jaxptm.pretrained import from_pretrained
@@ -96,6 +97,25 @@ def test_a_row_of_padding_changes_nothing(tmp_path: Path) -> None:
     part, _ = objective.loss(ours.params, {name: rows[:2] for name, rows in batch.items()}, keys[:2], train=True)
     for name, mean in part.items():
         assert float(whole[name].value) == pytest.approx(float(mean.value), rel=1e-5), name
+
+
+@pytest.mark.parametrize("task", ["ctc", "sequence-classification"])
+def test_a_row_of_padding_breaks_nothing(task: str, tmp_path: Path) -> None:
+    speech.saved(tmp_path, task, **speech.STYLES["large"], **speech.NO_DROPOUT)
+    ours, keys = from_pretrained(tmp_path, task), jax.random.split(jax.random.key(1), 3)
+    module: Any = ours.module
+    if task == "ctc":
+        objective = ctc(CtcConfig(name="ctc", mask_length=3, channel_mask_length=8), module)
+        labels = np.array([[1, 2], [3, -100], [-100, -100]], np.int32)
+    else:
+        objective = sequence_classification(module, "single_label_classification")
+        labels = np.array([1, 0, 0], np.int32)
+    batch = {**batch_of((603, 350, 0)), "labels": labels}
+    whole, means = gradients(objective, ours.params, batch, keys, 1)
+    part, fewer = gradients(objective, ours.params, {name: rows[:2] for name, rows in batch.items()}, keys[:2], 1)
+    assert float(means["loss"].value) == pytest.approx(float(fewer["loss"].value), rel=1e-5)
+    for ours_leaf, theirs_leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+        np.testing.assert_allclose(ours_leaf, theirs_leaf, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("style", speech.STYLES)
