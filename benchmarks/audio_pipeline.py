@@ -26,7 +26,8 @@ import soundfile
 
 from jaxptm.config import RATE, AudioData
 from jaxptm.data.batching import batches
-from jaxptm.data.recordings import Recordings, prepare_audio
+from jaxptm.data.prepare_audio import prepare_audio
+from jaxptm.data.recordings import Recordings
 from jaxptm.data.speech import SpeechBuckets, usable
 from jaxptm.data.utterances import find_utterances
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxptm.config import TextData, load_config
 from jaxptm.data.corpus import Corpus
-from jaxptm.run import prepared_directory
+from jaxptm.directories import prepared_directory
 
 
 def counts(corpus: Corpus) -> np.ndarray:

@@ -245,10 +245,11 @@ def prepare(
     from jaxptm.config import AudioData, TextData, load_config
     from jaxptm.data.corpus import Manifest
     from jaxptm.data.prepare import prepare
-    from jaxptm.data.recordings import AudioManifest, prepare_audio
+    from jaxptm.data.prepare_audio import prepare_audio
+    from jaxptm.data.recordings import AudioManifest
     from jaxptm.data.speech import open_speech
+    from jaxptm.directories import prepared_directory, tokenizer_directory
     from jaxptm.metrics import progress_lines
-    from jaxptm.run import prepared_directory, tokenizer_directory
 
     loaded = load_config(config, overrides or ())
     directory = prepared_directory(loaded)

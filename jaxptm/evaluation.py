@@ -14,9 +14,11 @@ from jaxptm.data.batching import Rows, one_pass
 from jaxptm.data.examples import Buckets
 from jaxptm.hosts import is_main
 from jaxptm.parallel import check_tensor, compile_evaluate, host_rows, make_mesh, put_batch, shardings
-from jaxptm.run import Run, open_models, open_run
+from jaxptm.recipe import open_models
+from jaxptm.resolving import resolve
+from jaxptm.run import Run, open_run
 from jaxptm.step import make_evaluate
-from jaxptm.tasks import Outputs, resolve
+from jaxptm.tasks import Outputs
 from jaxptm.types import JaxptmError, Params
 
 EVALUATION = 2

@@ -11,8 +11,8 @@ from typing import Any
 
 from jaxptm.config import GlueData, TrainConfig
 from jaxptm.data.glue import GLUE
+from jaxptm.resolving import resolve
 from jaxptm.storage import is_remote
-from jaxptm.tasks import resolve
 from jaxptm.training import train
 from jaxptm.types import JaxptmError
 

@@ -1,71 +1,41 @@
-"""What a training config stands for: its directory, corpus, tokenizer, model and objective."""
+"""A training config with everything it names opened: its rows, its model, its objective."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from jaxptm.config import (
     AudioData,
-    CausalLmConfig,
-    ContrastiveConfig,
-    CtcConfig,
-    MaskedLmConfig,
-    MultipleChoiceConfig,
-    ParallelConfig,
-    QuestionAnsweringConfig,
-    ReplacedTokenConfig,
-    SequenceClassificationConfig,
     TextData,
-    TokenClassificationConfig,
     TrainConfig,
-    dump_config,
-    load_config,
 )
 from jaxptm.data.batching import Rows
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.examples import LengthBuckets
 from jaxptm.data.prepare import prepare
-from jaxptm.data.recordings import prepare_audio
+from jaxptm.data.prepare_audio import prepare_audio
 from jaxptm.data.shards import Progress
 from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenStream
 from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
+from jaxptm.directories import digest, prepared_directory
 from jaxptm.hosts import exchange, is_main, together
-from jaxptm.models.electra import ElectraConfig
-from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TextConfig, TextModel
+from jaxptm.nn.text import TextConfig
 from jaxptm.objectives import Objective
-from jaxptm.objectives.electra import replaced_token_detection
-from jaxptm.objectives.finetune import (
-    multiple_choice,
-    question_answering,
-    sequence_classification,
-    token_classification,
-)
-from jaxptm.objectives.language import causal_language_model, masked_language_model
-from jaxptm.objectives.speech import contrastive, ctc
-from jaxptm.ops.masking import vocabulary_tables
-from jaxptm.pretrained import Model, check_vocabulary, from_pretrained, model_config
-from jaxptm.speech import Listener, hear
-from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
-from jaxptm.tasks import Score, Write, count_labels, hf_labels, open_task, task_tokenizer
+from jaxptm.pretrained import Model
+from jaxptm.recipe import make_objective
+from jaxptm.resolving import hf_labels, task_tokenizer
+from jaxptm.speech import hear
+from jaxptm.storage import checkpoint_directory, local_directory
+from jaxptm.tasks import Score, Write, open_task
 from jaxptm.types import JaxptmError
-
-REPORTING = {
-    f"train.{key}" for key in ("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep", "export")
-}
-"""Keys that may change when a run is resumed: its parameters do not depend on them."""
-LAYOUT = {"train.accumulate", *(f"parallel.{key}" for key in ParallelConfig.model_fields)}
-"""Keys that may change as well, so that a run can go on on other devices: its parameters change by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +93,7 @@ def open_run(config: TrainConfig, models: Mapping[str, Model] | None = None, pro
     """Prepares the corpus where that has not been done, and opens everything that `config` names.
 
     Args:
-        config: resolved (see `jaxptm.tasks.resolve`).
+        config: resolved (see `jaxptm.resolving.resolve`).
         models: instead of those that `config.model` describes; then nothing is to be trained.
         progress: called while the corpus is prepared, with the share done and a line.
 
@@ -275,213 +245,10 @@ def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Mod
         train=source,
         length=data.sequence_length,
         held_out={} if held_out is None else {"": HeldOut(examples(held_out, seed))},
-        corpus=_hash([manifest.tokenizer, *(_counts(manifest, split) for split in manifest.splits)]),
+        corpus=digest([manifest.tokenizer, *(_counts(manifest, split) for split in manifest.splits)]),
         steps=steps,
         hf_config={},
     )
-
-
-def make_objective(
-    config: TrainConfig,
-    tokenizer: Any,
-    modules: Mapping[str, Any] | None = None,
-    class_weights: Sequence[float] | None = None,
-) -> Objective:
-    """What `config` trains, over text of `tokenizer`.
-
-    Raises:
-        JaxptmError: objective, model and tokenizer do not go together.
-    """
-    settings, data = config.objective, config.data
-    modules = modules or make_modules(config, tokenizer)
-    if isinstance(data, AudioData):
-        return _speech_objective(settings, modules["model"], class_weights)
-    source = "the tokenizer of the model" if data.tokenizer is None else f"data.tokenizer {data.tokenizer}"
-    for module in modules.values():
-        check_vocabulary(tokenizer, module.config, source)
-        if module.config.counts_tokens and module.config.pad_token_id != tokenizer.pad_token_id:
-            raise JaxptmError(
-                f"model.pad_token_id: is {module.config.pad_token_id}, but {source} has {tokenizer.pad_token_id}; "
-                "this model counts positions by it."
-            )
-    model = modules["model"]
-    match settings:
-        case SequenceClassificationConfig(problem_type=str(problem_type)):
-            return sequence_classification(model, problem_type, class_weights)
-        case TokenClassificationConfig():
-            return token_classification(model, class_weights)
-        case MultipleChoiceConfig():
-            return multiple_choice(model)
-        case QuestionAnsweringConfig():
-            return question_answering(model)
-        case CausalLmConfig():
-            return causal_language_model(settings, model)
-    assert isinstance(data, TextData) and isinstance(settings, MaskedLmConfig | ReplacedTokenConfig)
-    if tokenizer.mask_token_id is None:
-        raise JaxptmError(f"{source}: has no mask token, which objective.name: {settings.name} needs.")
-    tables = vocabulary_tables(tokenizer)
-    if isinstance(settings, MaskedLmConfig):
-        return masked_language_model(settings, model, tables, tokenizer.mask_token_id, data.sequence_length)
-    return replaced_token_detection(
-        settings, model, modules["generator"], tables, tokenizer.mask_token_id, data.sequence_length
-    )
-
-
-def _speech_objective(settings: Any, module: Any, class_weights: Sequence[float] | None) -> Objective:
-    match settings:
-        case ContrastiveConfig():
-            return contrastive(settings, module)
-        case CtcConfig():
-            return ctc(settings, module)
-    return sequence_classification(module, settings.problem_type, class_weights)
-
-
-def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
-    """The modules that `config` trains, by the directory of the run that they are exported to.
-
-    Raises:
-        JaxptmError: the model's family has no head for the objective, or its generator does not come out.
-    """
-    task, writes = config.objective.name, len(tokenizer) > 0
-    # The head of CTC alone depends on the vocabulary, of which a pre-trained encoder knows nothing.
-    family, model = model_config(
-        config.model, len(tokenizer) if writes and task != "ctc" else None, tokenizer.pad_token_id
-    )
-    reads_audio = family.module is not TextModel
-    if reads_audio != isinstance(config.data, AudioData):
-        kind, other = ("audio", "text") if reads_audio else ("text", "audio")
-        raise JaxptmError(f"model: a {family.model_type} reads {kind}, and `data` holds {other}.")
-    if task not in family.architectures:
-        tasks = ", ".join(str(name) for name in family.architectures if name is not None)
-        raise JaxptmError(f"objective.name: a {family.model_type} does not learn {task!r}; it learns {tasks}.")
-    labels = count_labels(config)
-    if labels is not None:
-        model = model.model_copy(update={"num_labels": labels})
-    if task == "ctc":
-        model = model.model_copy(update={"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
-    execution = Execution(
-        dtype=jnp.dtype(config.train.dtype),
-        param_dtype=jnp.dtype(config.train.param_dtype),
-        remat=config.parallel.remat,
-        scan=config.parallel.scan,
-    )
-    modules = {"model": family.module(model, task, execution)}
-    if isinstance(model, ElectraConfig) and task == "replaced-token":
-        modules["generator"] = family.module(model.generator(), "masked-lm", execution)
-    return modules
-
-
-def open_models(source: str | Path, config: TrainConfig, **options: Any) -> dict[str, Model]:
-    """The models that a config trains, with weights, by the directory of a run that they are exported to.
-
-    Args:
-        source: a run directory or its URL, or a model directory or hub name. The latter serves all models: ELECTRA's
-            two may begin as one masked LM (Clark et al. 2020, section 3.3), if they have its size.
-        **options: of `from_pretrained`.
-
-    Raises:
-        JaxptmError: a model is missing or does not fit.
-    """
-    tasks: dict[str, str] = {"model": config.objective.name}
-    if isinstance(config.objective, ReplacedTokenConfig):
-        tasks["generator"] = "masked-lm"
-    labels = count_labels(config)
-    if labels is not None:
-        options = {"num_labels": labels} | options
-    models = {}
-    for name, task in tasks.items():
-        path: str | Path = source
-        if is_remote(str(source)):
-            path = Mirror(str(source)).pull(name)
-        elif (Path(source) / name).is_dir():
-            path = Path(source) / name
-        models[name] = from_pretrained(path, task, **options)
-    return models
-
-
-def prepared_directory(config: TrainConfig) -> Path:
-    """Where the shards lie: `data.prepared`, or beside the run's files under a name made from the data keys.
-
-    Raises:
-        JaxptmError: `data.prepared` is an URL, or the data is neither text nor speech.
-    """
-    data = config.data
-    if not isinstance(data, TextData | AudioData):
-        raise JaxptmError("there is nothing to prepare: fine-tuning reads its examples when it starts.")
-    if data.prepared is None:
-        return local_directory(config.out).parent / "prepared" / _fingerprint(data)
-    if is_remote(data.prepared):
-        raise JaxptmError(f"data.prepared: {data.prepared} has to be a local directory, which can be mapped.")
-    return Path(data.prepared)
-
-
-def claim_directory(config: TrainConfig) -> Mirror:
-    """Writes `config.yaml` into the run directory, or checks the one that is there once something has been saved.
-
-    Of a remote run, what it has written so far is brought here first.
-
-    Raises:
-        JaxptmError: the directory belongs to another config; every key that differs is named. Or it is out of reach, or
-            the processes do not have the same config.
-    """
-    if len(set(exchange(_hash(config.model_dump(mode="json"))))) > 1:
-        raise JaxptmError(
-            "the processes were started with different configs; give all of them the same file and the same "
-            "key.key=value arguments."
-        )
-    checkpoints, mirror = checkpoint_directory(config.out), Mirror(config.out)
-    with together():
-        if is_main():
-            for name in ("config.yaml", "metrics.jsonl"):
-                mirror.pull(name, missing_ok=True)
-            _claim(mirror.local, checkpoints, config)
-            mirror.push()
-    return mirror
-
-
-def _claim(directory: Path, checkpoints: Path | Any, config: TrainConfig) -> None:
-    path = directory / "config.yaml"
-    if path.exists() and any(checkpoints.glob("[0-9]*")):
-        theirs = _leaves(load_config(path).model_dump(mode="json"))
-        ours = _leaves(config.model_dump(mode="json"))
-        free = REPORTING | LAYOUT | {"out"}
-        keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and key not in free]
-        if keys:
-            lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys]
-            raise JaxptmError(
-                "\n".join([f"{checkpoints.parent} belongs to a run with another config; choose another `out`:", *lines])
-            )
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("config.yaml.partial")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(path)
-
-
-def tokenizer_directory(config: TrainConfig) -> Path:
-    """Where a run keeps its tokenizer: with the token shards, or in its own directory where there are none."""
-    if isinstance(config.data, TextData):
-        return prepared_directory(config) / "tokenizer"
-    return local_directory(config.out) / "tokenizer"
-
-
-def open_tokenizer(config: TrainConfig) -> Any:
-    """What `tokenizer_directory` holds: a tokenizer or, of speech, a listener.
-
-    Raises:
-        JaxptmError: it has been moved away.
-    """
-    directory = tokenizer_directory(config)
-    if isinstance(config.data, AudioData):
-        return Listener.load(directory, writes=config.objective.name == "ctc")
-    return load_tokenizer(directory)
-
-
-def _fingerprint(data: TextData | AudioData) -> str:
-    if isinstance(data, AudioData):  # transcripts and limits decode nothing again
-        return _hash({"train": data.train, "eval": data.eval})
-    keys = ("files", "eval_files", "text_field", "tokenizer", "tokenizer_model", "vocab_size", "lowercase")
-    content = {key: value for key, value in data.model_dump().items() if key in keys}
-    return _hash(content)
 
 
 def _counts(manifest: Manifest, split: str) -> list[Any]:
@@ -492,14 +259,3 @@ def _counts(manifest: Manifest, split: str) -> list[Any]:
 
 def _fingerprint_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _leaves(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in fields.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves

@@ -14,9 +14,9 @@ from jaxptm import scoring
 from jaxptm.config import RATE, AudioData, TrainConfig
 from jaxptm.data.audio import Preprocessor
 from jaxptm.data.characters import Characters
+from jaxptm.data.labelled import label_of
 from jaxptm.data.recordings import Recordings
 from jaxptm.data.speech import SpeechBuckets, open_speech, transcripts
-from jaxptm.data.table import label_of
 from jaxptm.hf import files
 from jaxptm.nn.audio import AudioConfig
 from jaxptm.pretrained import model_config

@@ -15,7 +15,8 @@ from jaxptm.config import FineTuningConfig
 from jaxptm.hosts import together
 from jaxptm.models.params import flatten, map_params, stacked, unstacked
 from jaxptm.parallel import shardings
-from jaxptm.run import Run, open_models
+from jaxptm.recipe import open_models
+from jaxptm.run import Run
 from jaxptm.types import Array, JaxptmError, Params, TrainState
 
 SHAPELESS = ("num_attention_heads", "hidden_act", "layer_norm_eps")

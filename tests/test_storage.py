@@ -25,9 +25,9 @@ import jaxptm.run
 from jaxptm import cli, storage
 from jaxptm.checkpoint import Checkpoints
 from jaxptm.config import TrainConfig, load_config
+from jaxptm.directories import prepared_directory
 from jaxptm.evaluation import evaluate
 from jaxptm.metrics import read_metrics
-from jaxptm.run import prepared_directory
 from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
 from jaxptm.training import train
 from jaxptm.types import JaxptmError

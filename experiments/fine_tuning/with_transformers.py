@@ -21,7 +21,8 @@ import transformers
 from jaxptm.config import SquadData, load_config
 from jaxptm.data.examples import Examples
 from jaxptm.metrics import write_results
-from jaxptm.tasks import count_labels, hf_labels, open_task, resolve, task_tokenizer
+from jaxptm.resolving import count_labels, hf_labels, resolve, task_tokenizer
+from jaxptm.tasks import open_task
 
 
 class Rows(torch.utils.data.Dataset):

@@ -17,8 +17,8 @@ from jaxptm.config import IGNORED, RATE, AudioData
 from jaxptm.data.audio import normalized
 from jaxptm.data.characters import Characters
 from jaxptm.data.examples import LENGTH_STEP, Buckets, bucket_lengths
+from jaxptm.data.labelled import found_labels
 from jaxptm.data.recordings import Recordings
-from jaxptm.data.table import found_labels
 from jaxptm.errors import JaxptmError
 
 log = logging.getLogger("jaxptm")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 from jaxptm.config import AudioData
 from jaxptm.data.audio import SUFFIXES, BadAudio
 from jaxptm.data.sources import load_dataset
-from jaxptm.data.table import read_text
+from jaxptm.data.table import filled_lines, json_objects, read_text
 from jaxptm.errors import JaxptmError
 
 PATHS = ("path", "audio", "file", "file_name")
@@ -149,7 +148,7 @@ def _of_folder(root: Path) -> Iterator[Utterance]:
 
 def _librispeech_transcripts(path: Path) -> dict[str, str]:
     texts = {}
-    for number, line in _lines(path):
+    for number, line in filled_lines(read_text(path)):
         utterance, blank, text = line.partition(" ")
         if not blank:
             raise JaxptmError(f"{path}:{number}: expected `id TRANSCRIPT`, not {line!r}.")
@@ -161,7 +160,7 @@ def _of_ljspeech(root: Path) -> Iterator[Utterance]:
     """`wavs/<id>.wav`, or of another kind of audio; the text is the normalised one, where numbers are words."""
     path = root / "metadata.csv"
     there = {file.stem: file for file in sorted((root / "wavs").glob("*")) if file.suffix.lower() in SUFFIXES}
-    for number, line in _lines(path):
+    for number, line in filled_lines(read_text(path)):
         fields = line.split("|")
         if len(fields) not in (2, 3):
             raise JaxptmError(f"{path}:{number}: expected `id|text|normalised text`, not {len(fields)} field(s).")
@@ -171,7 +170,7 @@ def _of_ljspeech(root: Path) -> Iterator[Utterance]:
 
 def _of_tsv(path: Path, data: AudioData) -> Iterator[Utterance]:
     names: list[str] | None = None
-    for number, line in _lines(path):
+    for number, line in filled_lines(read_text(path)):
         fields = line.split("\t")
         if names is None:
             headed = fields[0] in PATHS
@@ -187,13 +186,7 @@ def _of_tsv(path: Path, data: AudioData) -> Iterator[Utterance]:
 
 
 def _of_jsonl(path: Path, data: AudioData) -> Iterator[Utterance]:
-    for number, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise JaxptmError(f"{path}:{number}: is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise JaxptmError(f"{path}:{number}: is no JSON object with named fields.")
+    for number, record in json_objects(path, read_text(path)):
         yield _row(path, number, record, data)
 
 
@@ -233,10 +226,3 @@ def _audio_column(name: str) -> tuple[str, Any]:
         raise JaxptmError(f"{name}: has no column of audio, only: {', '.join(rows.column_names)}.")
     # Decoding it would take torchcodec, and with it torch and ffmpeg.
     return column, rows.cast_column(column, datasets.Audio(decode=False))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield number, line.removesuffix("\r")

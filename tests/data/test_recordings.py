@@ -17,9 +17,10 @@ from hypothesis.extra import numpy as arrays
 from recorded import damaged, tone, write_audio
 
 from jaxptm.config import RATE, AudioData
-from jaxptm.data import recordings as recording
+from jaxptm.data import prepare_audio as recording
 from jaxptm.data.audio import decode
-from jaxptm.data.recordings import AudioManifest, Recordings, prepare_audio, to_int16
+from jaxptm.data.prepare_audio import prepare_audio, to_int16
+from jaxptm.data.recordings import AudioManifest, Recordings
 from jaxptm.errors import JaxptmError
 
 
@@ -156,7 +157,7 @@ def test_worker_processes_and_hosts_write_the_same(audio: Path, tmp_path: Path) 
 
 def test_a_killed_process_loses_nothing(audio: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, time; from jaxptm.config import AudioData; from jaxptm.data import recordings as r; r.SHARD = 4\n"
+        "import sys, time; from jaxptm.config import AudioData; import jaxptm.data.prepare_audio as r; r.SHARD = 4\n"
         "write = r._write_shard; r._write_shard = lambda task: (time.sleep(0.5), write(task))[1]\n"
         f"r.prepare_audio(AudioData(train={str(audio)!r}), sys.argv[1], workers=1)"
     )

@@ -17,7 +17,8 @@ from transformers import Wav2Vec2FeatureExtractor
 from jaxptm.config import IGNORED, RATE, AudioData
 from jaxptm.data.batching import Rows, batches, one_pass
 from jaxptm.data.characters import Characters
-from jaxptm.data.recordings import Recordings, prepare_audio
+from jaxptm.data.prepare_audio import prepare_audio
+from jaxptm.data.recordings import Recordings
 from jaxptm.data.speech import SAMPLE_STEP, SpeechBuckets, open_speech, transcripts, usable
 from jaxptm.errors import JaxptmError
 

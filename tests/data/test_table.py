@@ -13,18 +13,17 @@ import pyarrow.parquet
 import pytest
 
 from jaxptm.config import IGNORED
-from jaxptm.data.table import (
+from jaxptm.data.labelled import (
     encode_choices,
     encode_texts,
     encode_words,
     found_labels,
-    from_dataset,
     label_ids,
     label_sets,
     numbers,
-    read_table,
     words_said,
 )
+from jaxptm.data.table import from_dataset, read_table
 from jaxptm.data.tokenizer import train_bpe, train_wordpiece
 from jaxptm.types import JaxptmError
 

@@ -1,0 +1,140 @@
+"""What a fine-tuning config leaves to the model and the data: weights, labels, the problem, the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxptm.config import (
+    AudioData,
+    FineTuningConfig,
+    GlueData,
+    SequenceClassificationConfig,
+    TableData,
+    TextData,
+    TokenClassificationConfig,
+    TrainConfig,
+)
+from jaxptm.data.glue import GLUE
+from jaxptm.data.labelled import (
+    found_labels,
+)
+from jaxptm.data.table import read_table
+from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.hf import files
+from jaxptm.models import PRESETS
+from jaxptm.pretrained import read_family
+from jaxptm.types import JaxptmError
+
+
+def resolve(config: TrainConfig, source: str | None = None) -> TrainConfig:
+    """Fills in what a fine-tuning config leaves to the model and the data: its weights, its labels, its problem.
+
+    Args:
+        source: the model that is evaluated, instead of what the config begins with.
+
+    Raises:
+        JaxptmError: model or data cannot be read.
+    """
+    objective, data = config.objective, config.data
+    if not isinstance(objective, FineTuningConfig):
+        return config
+    weights = _weights(config) if source is None else source
+    if weights is not None and (Path(weights) / "model" / "config.json").exists():
+        weights = str(Path(weights) / "model")
+    model = weights if config.model in (config.init_from, source) and weights is not None else config.model
+    if isinstance(objective, SequenceClassificationConfig) and objective.problem_type is None:
+        glue_regression = isinstance(data, GlueData) and GLUE[data.task].labels == ()
+        problem = "regression" if glue_regression else "single_label_classification"
+        objective = objective.model_copy(update={"problem_type": problem})
+    if isinstance(data, GlueData | TableData) and data.labels is None:
+        data = data.model_copy(update={"labels": _labels(objective, data, weights)})
+    return config.model_copy(update={"init_from": weights, "model": model, "objective": objective, "data": data})
+
+
+def count_labels(config: TrainConfig) -> int | None:
+    """Outputs of the head that a resolved config trains; None where the task decides."""
+    match config.objective, config.data:
+        case SequenceClassificationConfig(problem_type="regression"), GlueData():
+            return 1
+        case SequenceClassificationConfig(problem_type="regression"), TableData(label_column=columns):
+            return 1 if isinstance(columns, str) else len(columns)
+        case (
+            SequenceClassificationConfig() | TokenClassificationConfig(),
+            GlueData() | TableData() | AudioData() as data,
+        ):
+            return len(data.labels or ()) or None
+        case FineTuningConfig(name="question-answering"), _:
+            return 2  # start and end
+    return None
+
+
+def hf_labels(config: TrainConfig) -> dict[str, Any]:
+    """What config.json says of the head that a resolved config trains."""
+    said: dict[str, Any] = {}
+    if isinstance(config.objective, SequenceClassificationConfig):
+        said["problem_type"] = config.objective.problem_type
+    if isinstance(config.data, GlueData | TableData | AudioData) and config.data.labels:
+        said["id2label"] = {str(i): name for i, name in enumerate(config.data.labels)}
+        said["label2id"] = {name: i for i, name in enumerate(config.data.labels)}
+    return said
+
+
+def task_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer that a resolved fine-tuning config names, or that of its model.
+
+    Raises:
+        JaxptmError: there is none.
+    """
+    assert not isinstance(config.data, TextData | AudioData)
+    name = config.data.tokenizer or config.init_from or _named(config.model)
+    if name is None:
+        raise JaxptmError("data.tokenizer: is missing; `model` names no directory that would have one.")
+    return load_tokenizer(name, config.data.lowercase)
+
+
+def _weights(config: TrainConfig) -> str | None:
+    return config.init_from if "init_from" in config.model_fields_set else _named(config.model)
+
+
+def _named(model: str | Mapping[str, Any]) -> str | None:
+    """The directory or hub name that `model` takes its config from, if any."""
+    name = model if isinstance(model, str) else model.get("preset")
+    return None if name in PRESETS else name
+
+
+def _labels(objective: FineTuningConfig, data: GlueData | TableData, weights: str | None) -> list[str]:
+    """The labels in the order of the head: of the model where it has a head for them, or else of the data."""
+    own = None if objective.new_head else _labels_of(weights, objective.name)
+    if isinstance(data, GlueData):
+        task = list(GLUE[data.task].labels)
+        return own if own and sorted(map(str.lower, own)) == sorted(task) else task
+    if isinstance(objective, SequenceClassificationConfig) and objective.problem_type == "regression":
+        return []
+    if data.choice_columns is not None:
+        return []
+    if not isinstance(data.label_column, str):
+        return list(data.label_column)
+    column = read_table(data.train_file).column(data.label_column)
+    nested = isinstance(column[0], list)
+    found = found_labels(label for cell in column for label in (cell if nested else [cell]))
+    if own and not set(found) <= set(own):
+        if len(own) == len(found) and all(label.startswith("LABEL_") for label in own):
+            return found
+        raise JaxptmError(
+            f"data.label_column: {data.label_column!r} has the labels {', '.join(found[:20])}, and the head of "
+            f"{weights} {', '.join(own[:20])}; set objective.new_head=true to begin with a fresh head."
+        )
+    return own or found
+
+
+def _labels_of(weights: str | None, task: str) -> list[str] | None:
+    """The labels of a model that has a head for the task."""
+    if weights is None:
+        return None
+    family, hf_config = read_family(files.resolve(weights))
+    names = hf_config.get("id2label")
+    if family.architectures.get(task) not in (hf_config.get("architectures") or []) or not names:
+        return None
+    return [names[key] for key in sorted(names, key=int)]
