@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from jaxptm.config import OptimizerConfig
+from jaxptm.nn.model import KEPT
 from jaxptm.types import Array, JaxptmError, Params
 
 LAYERS, LAYER = "encoder/layers/", "encoder/layer_"
@@ -31,7 +32,8 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
       implementations (google-research/albert `lamb_optimizer.py`, NVIDIA apex `FusedLAMB`).
 
     With `layer_decay` the learning rate of each leaf, decay included, is multiplied by `layer_factors`. What is
-    `frozen` stays as it is; its gradient has to be 0 (see `stop_frozen`), or it would count for the clipping.
+    `frozen` stays as it is; its gradient has to be 0 (see `stop_frozen`), or it would count for the clipping. In the
+    first `head_first` updates, all but the heads stays as it is, and its gradients count for nothing.
 
     Args:
         config: what to build.
@@ -39,7 +41,8 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
         params: the parameters, or their shapes; only the paths are read.
 
     Raises:
-        JaxptmError: a leaf of unknown name, a warmup that does not fit the run, or a frozen part that is not there.
+        JaxptmError: a leaf of unknown name, a warmup or a `head_first` that does not fit the run, or a frozen part that
+            is not there.
     """
     decayed = _decay_mask(params)
     _check_frozen(params, config.frozen)
@@ -56,7 +59,14 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
         parts += [_scaled(lambda params: layer_factors(params, config.layer_decay, config.layer_decay_form))]
     if config.frozen:
         parts += [_scaled(lambda params: _by_leaf(params, lambda path: float(not _is_frozen(path, config.frozen))))]
-    return _in_float32(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+    whole = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    head_first = config.head_first if isinstance(config.head_first, int) else round(config.head_first * steps)
+    if head_first >= steps:
+        raise JaxptmError(
+            f"optimizer.head_first is {head_first} updates, and the run has {steps}: what is below the heads would "
+            "not learn; lower it, or name what is to stay in optimizer.frozen."
+        )
+    return _in_float32(_heads_first(whole, head_first) if head_first else whole)
 
 
 def apply_updates(params: Params, updates: Params, key: Array) -> Params:
@@ -248,6 +258,35 @@ def _scaled(factors: Callable[[Params], Params]) -> optax.GradientTransformation
         return jax.tree.map(lambda u, factor: u * factor, updates, factors(updates)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class HeadsFirstState(NamedTuple):
+    """How many updates there have been, and the state of what makes them."""
+
+    count: Array
+    inner: optax.OptState
+
+
+def _heads_first(transform: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    """In the first `steps` updates all but the heads has neither gradients nor updates (fairseq, `wav2vec2_asr.py`,
+    `freeze_finetune_updates`; there its moments are corrected for a beginning of their own).
+    """
+
+    def init(params: optax.Params) -> HeadsFirstState:
+        return HeadsFirstState(jnp.zeros([], jnp.int32), transform.init(params))
+
+    def update(
+        grads: optax.Updates, state: HeadsFirstState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, HeadsFirstState]:
+        def gated(tree: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, leaf: jnp.where(state.count < steps, 0, leaf) if path[0].key in KEPT else leaf, tree
+            )
+
+        updates, inner = transform.update(gated(grads), state.inner, params)
+        return gated(updates), HeadsFirstState(optax.safe_increment(state.count), inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decay_mask(params: Params) -> Params:

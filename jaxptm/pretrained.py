@@ -23,7 +23,7 @@ from jaxptm.hf import table as weights
 from jaxptm.models import FAMILIES, PRESETS, Family
 from jaxptm.models.params import abstract_params, flatten, initialise, unflatten, unstacked
 from jaxptm.nn.core import Execution
-from jaxptm.nn.model import ModelConfig, PretrainedModule
+from jaxptm.nn.model import BODY, KEPT, ModelConfig, PretrainedModule
 from jaxptm.nn.text import TextConfig, TextModel
 from jaxptm.types import JaxptmError, Params
 
@@ -31,12 +31,6 @@ log = logging.getLogger("jaxptm")
 
 ORBAX_PARAMS = "params"
 """Name of the Orbax folder in a model directory that holds no safetensors."""
-
-
-BODY = ("embeddings", "embeddings_project", "encoder")
-"""Top-level modules of a model that belong to no head."""
-KEPT = (*BODY, "pooler", "mask_embedding")
-"""What a new head still stands on."""
 
 
 class Outputs(dict[str, Any]):

@@ -20,8 +20,11 @@ from jaxptm.data.glue import GLUE
 from jaxptm.data.labelled import (
     found_labels,
 )
+from jaxptm.data.recordings import Recordings
 from jaxptm.data.table import read_table
 from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.data.utterances import find_utterances
+from jaxptm.directories import prepared_directory
 from jaxptm.hf import files
 from jaxptm.models import PRESETS
 from jaxptm.pretrained import read_family
@@ -48,8 +51,8 @@ def resolve(config: TrainConfig, source: str | None = None) -> TrainConfig:
         glue_regression = isinstance(data, GlueData) and GLUE[data.task].labels == ()
         problem = "regression" if glue_regression else "single_label_classification"
         objective = objective.model_copy(update={"problem_type": problem})
-    if isinstance(data, GlueData | TableData) and data.labels is None:
-        data = data.model_copy(update={"labels": _labels(objective, data, weights)})
+    if isinstance(data, GlueData | TableData | AudioData) and data.labels is None and objective.name != "ctc":
+        data = data.model_copy(update={"labels": _labels(config, objective, data, weights)})
     return config.model_copy(update={"init_from": weights, "model": model, "objective": objective, "data": data})
 
 
@@ -104,9 +107,13 @@ def _named(model: str | Mapping[str, Any]) -> str | None:
     return None if name in PRESETS else name
 
 
-def _labels(objective: FineTuningConfig, data: GlueData | TableData, weights: str | None) -> list[str]:
+def _labels(
+    config: TrainConfig, objective: FineTuningConfig, data: GlueData | TableData | AudioData, weights: str | None
+) -> list[str]:
     """The labels in the order of the head: of the model where it has a head for them, or else of the data."""
     own = None if objective.new_head else _labels_of(weights, objective.name)
+    if isinstance(data, AudioData):
+        return _checked(own, _spoken_labels(config, data), data.label_column, weights)
     if isinstance(data, GlueData):
         task = list(GLUE[data.task].labels)
         return own if own and sorted(map(str.lower, own)) == sorted(task) else task
@@ -119,22 +126,42 @@ def _labels(objective: FineTuningConfig, data: GlueData | TableData, weights: st
     column = read_table(data.train_file).column(data.label_column)
     nested = isinstance(column[0], list)
     found = found_labels(label for cell in column for label in (cell if nested else [cell]))
+    return _checked(own, found, data.label_column, weights)
+
+
+def _spoken_labels(config: TrainConfig, data: AudioData) -> list[str]:
+    try:
+        labels = [utterance.label for utterance in find_utterances(data.train, data)]
+    except JaxptmError:
+        prepared = prepared_directory(config)
+        if not (prepared / "manifest.json").exists():
+            raise
+        labels = list(Recordings.open(prepared).labels)  # the recordings are elsewhere by now
+    return found_labels(label for label in labels if label is not None)
+
+
+def _checked(own: list[str] | None, found: list[str], column: str, weights: str | None) -> list[str]:
     if own and not set(found) <= set(own):
         if len(own) == len(found) and all(label.startswith("LABEL_") for label in own):
             return found
         raise JaxptmError(
-            f"data.label_column: {data.label_column!r} has the labels {', '.join(found[:20])}, and the head of "
+            f"data.label_column: {column!r} has the labels {', '.join(found[:20])}, and the head of "
             f"{weights} {', '.join(own[:20])}; set objective.new_head=true to begin with a fresh head."
         )
     return own or found
 
 
+def has_head(weights: str | Path | None, task: str) -> bool:
+    """Whether a model directory or hub name has a head for the task."""
+    if weights is None:
+        return False
+    family, hf_config = read_family(files.resolve(weights))
+    return family.architectures.get(task) in (hf_config.get("architectures") or [])
+
+
 def _labels_of(weights: str | None, task: str) -> list[str] | None:
     """The labels of a model that has a head for the task."""
-    if weights is None:
+    if weights is None or not has_head(weights, task):
         return None
-    family, hf_config = read_family(files.resolve(weights))
-    names = hf_config.get("id2label")
-    if family.architectures.get(task) not in (hf_config.get("architectures") or []) or not names:
-        return None
-    return [names[key] for key in sorted(names, key=int)]
+    names = read_family(files.resolve(weights))[1].get("id2label")
+    return [names[key] for key in sorted(names, key=int)] if names else None

@@ -22,6 +22,7 @@ from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.examples import LengthBuckets
 from jaxptm.data.prepare import prepare
 from jaxptm.data.prepare_audio import prepare_audio
+from jaxptm.data.recordings import AudioManifest
 from jaxptm.data.shards import Progress
 from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenStream
 from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
@@ -178,10 +179,11 @@ def _prepare(data: Any, prepared: Path, progress: Progress | None) -> None:
 
 def _open_speech(config: TrainConfig, data: AudioData, models: Mapping[str, Model] | None, prepared: Path) -> Run:
     loop, model = config.train, None if models is None else models["model"]
-    heard = hear(config, prepared, config.init_from if model is None else model.source)
+    heard = hear(config, prepared, model)
     if heard.labels is not None:
         config = config.model_copy(update={"data": data.model_copy(update={"labels": heard.labels})})
-    objective = make_objective(config, heard.listener, None if model is None else {"model": model.module})
+    modules = None if model is None else {"model": model.module}
+    objective = make_objective(config, heard.listener, modules, heard.class_weights)
     held_out = {} if heard.held_out is None else {"": HeldOut(heard.held_out, heard.score)}
     return Run(
         config=config,
@@ -192,7 +194,7 @@ def _open_speech(config: TrainConfig, data: AudioData, models: Mapping[str, Mode
         train=heard.train,
         length=heard.train.lengths[-1],
         held_out=held_out,
-        corpus=heard.corpus,
+        corpus=AudioManifest.load(prepared).splits["train"].digest,
         steps=loop.steps or math.ceil((loop.epochs or 0) * len(heard.train) / loop.batch_size),
         hf_config=hf_labels(config),
     )

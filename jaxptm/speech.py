@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxptm import scoring
-from jaxptm.config import RATE, AudioData, TrainConfig
+from jaxptm.config import RATE, AudioData, CtcConfig, TrainConfig
 from jaxptm.data.audio import Preprocessor
 from jaxptm.data.characters import Characters
 from jaxptm.data.labelled import label_of
@@ -19,8 +19,9 @@ from jaxptm.data.recordings import Recordings
 from jaxptm.data.speech import SpeechBuckets, open_speech, transcripts
 from jaxptm.hf import files
 from jaxptm.nn.audio import AudioConfig
-from jaxptm.pretrained import model_config
-from jaxptm.tasks import Outputs, Score
+from jaxptm.pretrained import Model, model_config
+from jaxptm.resolving import has_head
+from jaxptm.tasks import Outputs, Score, class_weights
 from jaxptm.transcription import written
 from jaxptm.types import JaxptmError
 
@@ -75,7 +76,7 @@ class Heard:
         held_out: batches to evaluate on, in the order of the files within each length; None where nothing is.
         score: what is said of them is worth; None where the objective's own terms and scores tell.
         labels: the classes.
-        corpus: names what is learned from by its content.
+        class_weights: of each of them in the loss.
     """
 
     train: SpeechBuckets
@@ -83,34 +84,40 @@ class Heard:
     score: Score | None
     listener: Listener
     labels: list[str] | None
-    corpus: str
+    class_weights: list[float] | None
 
 
-def hear(config: TrainConfig, prepared: Path, source: str | Path | None) -> Heard:
+def hear(config: TrainConfig, prepared: Path, evaluated: Model | None = None) -> Heard:
     """Opens the prepared speech of a resolved config.
 
     Args:
-        source: the checkpoint that is begun with or evaluated, which says how it hears and, unless `data.vocabulary`
-            does, what it writes with.
+        evaluated: a model that is not to be trained. It hears and writes as its own files say; one that is begun with
+            hears so, too, and writes with its vocabulary unless `data.vocabulary` says otherwise.
 
     Raises:
-        JaxptmError: nothing usable is left, or the checkpoint's files do not fit.
+        JaxptmError: nothing usable is left, the checkpoint's files do not fit, or `data.vocabulary` is not that of the
+            head of CTC that is begun with.
     """
     data, name, loop = config.data, config.objective.name, config.train
     assert isinstance(data, AudioData)
     _, model = model_config(config.model, None)
     if not isinstance(model, AudioConfig):
         raise JaxptmError("model: reads text, and `data.train` is speech; name one of audio, such as wav2vec2-base.")
+    source = config.init_from if evaluated is None else evaluated.source
     directory = None if source is None else files.resolve(source)
     # A model that normalises over time has heard its padding when it learned.
     preprocessor = Preprocessor(True, model.feat_extract_norm == "layer")
     if directory is not None and (directory / "preprocessor_config.json").exists():
         preprocessor = Preprocessor.load(directory)
-    if name == "ctc" and data.vocabulary is None:
+    asked = data.vocabulary
+    if name == "ctc" and (asked is None or evaluated is not None):
         own = directory is not None and (directory / "vocab.json").exists()
         data = data.model_copy(update={"vocabulary": str(directory) if own else "characters"})
     crop = name == "contrastive"
     speech = open_speech(data, prepared, crop=crop, labelled=name == "sequence-classification", frames=model.frames)
+
+    if evaluated is None and isinstance(config.objective, CtcConfig) and not config.objective.new_head:
+        _check_spelling(asked, speech.vocabulary, directory)
 
     def targets(recordings: Recordings) -> Any:
         if speech.vocabulary is not None:
@@ -147,8 +154,19 @@ def hear(config: TrainConfig, prepared: Path, source: str | Path | None) -> Hear
         score=score,
         listener=Listener(preprocessor, speech.vocabulary),
         labels=speech.labels,
-        corpus=speech.train.fingerprint,
+        class_weights=None if speech.labels is None else class_weights(config, speech.labels, targets(speech.train)),
     )
+
+
+def _check_spelling(asked: str | None, vocabulary: Characters | None, directory: Path | None) -> None:
+    """Raises JaxptmError where a head would go on with another vocabulary than it has learned to write with."""
+    if asked is None or vocabulary is None or directory is None or not has_head(directory, "ctc"):
+        return
+    if vocabulary.ids != Characters.load(directory).ids:
+        raise JaxptmError(
+            f"data.vocabulary: {asked} is not the vocabulary that the head of {directory} writes with; leave it out to "
+            "keep that one, or set objective.new_head=true to begin with a fresh head."
+        )
 
 
 def score_transcripts(outputs: Outputs, *, characters: Characters, texts: Sequence[str]) -> dict[str, float]:

@@ -132,7 +132,7 @@ def _open_glue(config: TrainConfig, data: GlueData, tokenizer: Any, training: bo
     if not training:
         return Task(NOTHING, parts)
     train = encode(read_glue(data, "train")[""])
-    return Task(train, parts, _class_weights(config, labels, train.targets["labels"]))
+    return Task(train, parts, class_weights(config, labels, train.targets["labels"]))
 
 
 def _open_table(config: TrainConfig, data: TableData, tokenizer: Any, training: bool) -> Task:
@@ -209,9 +209,9 @@ def _open_table(config: TrainConfig, data: TableData, tokenizer: Any, training: 
     if isinstance(objective, TokenClassificationConfig):
         train = words(train_table)[0].examples
         marks = train.tokens["labels"]
-        return Task(train, parts, _class_weights(config, labels, marks[marks != IGNORED]))
+        return Task(train, parts, class_weights(config, labels, marks[marks != IGNORED]))
     train = rows(train_table)
-    return Task(train, parts, _class_weights(config, labels, train.targets["labels"]))
+    return Task(train, parts, class_weights(config, labels, train.targets["labels"]))
 
 
 def _tables(data: TableData, training: bool) -> tuple[Table | None, Table | None]:
@@ -246,7 +246,15 @@ def _one(columns: str | Sequence[str]) -> str:
     )
 
 
-def _class_weights(config: TrainConfig, labels: Sequence[str], targets: np.ndarray) -> list[float] | None:
+def class_weights(config: TrainConfig, labels: Sequence[str], targets: np.ndarray) -> list[float] | None:
+    """How much each label counts in the loss, as `objective.class_weights` says; None where it says nothing.
+
+    Args:
+        targets: of what is learned from: [N] ids, or [N, K] of 0 and 1.
+
+    Raises:
+        JaxptmError: there are other labels than weights.
+    """
     asked = getattr(config.objective, "class_weights", None)
     if asked is None:
         return None

@@ -356,3 +356,36 @@ def test_models_of_one_layer_or_two_encoders_have_no_layer_decay() -> None:
     for params in ({"encoder": {"shared_layer": {}}}, {"generator": ENCODER, "discriminator": ENCODER}):
         with pytest.raises(JaxptmError, match=r"optimizer\.layer_decay: needs one model whose layers have parameters"):
             layer_factors(params, 0.8, "paper")
+
+
+def with_head(body: dict, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    head = {"kernel": rng.normal(size=(4, 3)).astype(np.float32), "bias": rng.normal(size=3).astype(np.float32)}
+    return body | {"classifier": {"dense": head}}
+
+
+def test_the_heads_learn_first_as_if_they_were_alone() -> None:
+    params, grads = with_head(tree(0), 1), [with_head(grad, 50 + i) for i, grad in enumerate(GRADS)]
+    learnt, _ = run(config(head_first=7), params, grads[:7])
+    for path, leaf in flat({name: learnt[name] for name in ("embeddings", "encoder")}).items():
+        np.testing.assert_array_equal(leaf, flat(params)[path], err_msg=path)  # neither gradients nor decay
+    head = {"classifier": params["classifier"]}
+    alone, _ = run(config(), head, [{"classifier": grad["classifier"]} for grad in grads[:7]])
+    for path, leaf in flat(alone).items():
+        np.testing.assert_array_equal(leaf, flat(learnt)[path], err_msg=path)  # clipped by their own norm
+
+
+@pytest.mark.parametrize("share", [7, 0.35])
+def test_what_is_below_the_heads_begins_without_moments(share: float) -> None:
+    params, grads = with_head(tree(0), 1), [with_head(grad, 50 + i) for i, grad in enumerate(GRADS)]
+    silent = [jax.tree.map(np.zeros_like, grad) | {"classifier": grad["classifier"]} for grad in grads[:7]]
+    learnt, _ = run(config(head_first=share, weight_decay=0.0), params, grads)
+    expected, _ = run(config(weight_decay=0.0), params, silent + grads[7:])
+    for path, leaf in flat(expected).items():
+        np.testing.assert_array_equal(leaf, flat(learnt)[path], err_msg=path)
+        assert np.any(leaf != flat(params)[path]), path
+
+
+def test_heads_that_learn_alone_to_the_end_are_refused() -> None:
+    with pytest.raises(JaxptmError, match=r"optimizer\.head_first is 20 updates, and the run has 20"):
+        optimizer(config(head_first=STEPS), STEPS, with_head(tree(0), 1))

@@ -33,6 +33,9 @@ class OptimizerConfig(Config):
     """`code`: as google-research/electra computes it, with one factor more below the heads than the paper says."""
     frozen: list[str] = Field(default_factory=list)
     """Parts that stay as they are, by the beginning of their paths: `embeddings`, `encoder/layer_0`, `encoder`."""
+    head_first: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
+    """Updates (an integer), or a share of them all, in which the heads alone learn (wav2vec 2.0 with ten hours of
+    transcripts: the first half)."""
 
 
 class LoopConfig(Config):
@@ -156,6 +159,9 @@ class TrainConfig(Config):
             raise ValueError("`train.eval_batches` is for text: figures over labelled data read all of it")
         if isinstance(data, AudioData) and data.vocabulary is not None and name != "ctc":
             raise ValueError("`data.vocabulary` is of transcripts, which only `objective.name: ctc` reads")
+        problem = getattr(self.objective, "problem_type", None)
+        if isinstance(data, AudioData) and problem not in (None, "single_label_classification"):
+            raise ValueError(f"`objective.problem_type: {problem}` is for text: a recording has one label")
         if isinstance(data, TableData) and (data.choice_columns is not None) != (name == "multiple-choice"):
             raise ValueError("`data.choice_columns` is needed with `objective.name: multiple-choice`, and only there")
         return self

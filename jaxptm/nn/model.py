@@ -13,6 +13,11 @@ from jaxptm.config import Positive
 from jaxptm.nn.core import Execution, TransformerConfig
 from jaxptm.types import Array
 
+BODY = ("embeddings", "embeddings_project", "encoder")
+"""Top-level modules of a model that belong to no head."""
+KEPT = (*BODY, "pooler", "mask_embedding")
+"""What a new head still stands on."""
+
 
 class ModelConfig(TransformerConfig):
     """A transformer over inputs of some kind."""
