@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -99,6 +100,18 @@ def write_results(run_dir: str | Path, results: Mapping[str, Any]) -> Path:
     return path
 
 
+PANELS = {
+    "Loss (nats)": "loss",
+    "Accuracy (%)": "accuracy",
+    "Errors and blanks (%)": "wer|cer|blank_share",
+    "Entries of a codebook in use": r"code_perplexity_\d+",
+    "Learning rate": "learning_rate",
+    "Tokens per second": "tokens_per_second",
+    "Seconds of audio per second": "audio_seconds_per_second",
+}
+"""What curves show, by title: the figures with names that end so; a panel without any is left out."""
+
+
 def plot_curves(run_dir: str | Path) -> Path:
     """Draws `curves.png` from `metrics.jsonl`: loss, accuracies, learning rate and throughput over the steps."""
     from matplotlib.figure import Figure
@@ -108,14 +121,17 @@ def plot_curves(run_dir: str | Path) -> Path:
     lines = read_metrics(run_dir / "metrics.jsonl")
     names = dict.fromkeys(name for line in lines for name in line)
     panels = {
-        "Loss (nats)": [name for name in names if name.endswith("loss")],
-        "Accuracy (%)": [name for name in names if name.endswith("accuracy")],
-        "Learning rate": [name for name in names if name.endswith("learning_rate")],
-        "Tokens per second": [name for name in names if name.endswith("tokens_per_second")],
+        title: shown
+        for title, ends in PANELS.items()
+        if (shown := [name for name in names if re.fullmatch(rf"(train|eval)/(.*[/_])?({ends})", name)])
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    rows = max(1, math.ceil(len(panels) / 2))
+    figure = Figure(figsize=(11, 3.5 * rows), layout="constrained")
     figure.suptitle(run_dir.resolve().name)
-    for axes, (title, shown) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    places = list(figure.subplots(rows, 2).flat)
+    for spare in places[len(panels) :]:
+        spare.set_axis_off()
+    for axes, (title, shown) in zip(places, panels.items(), strict=False):
         scale = 100 if "%" in title else 1
         quantities = list(dict.fromkeys(name.split("/")[-1] for name in shown))
         for name in shown:
@@ -135,10 +151,9 @@ def plot_curves(run_dir: str | Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if len(shown) > 1:
             axes.legend(frameon=False, fontsize=9)
-        if "Accuracy" in title:
-            axes.set_ylim(bottom=0)
-        if title == "Tokens per second":
+        if title.endswith("per second"):
             axes.yaxis.set_major_formatter(EngFormatter())
+        if "(nats)" not in title:
             axes.set_ylim(bottom=0)
         if title == "Learning rate":
             axes.ticklabel_format(axis="y", scilimits=(-3, 3))

@@ -263,7 +263,7 @@ def _scaled(factors: Callable[[Params], Params]) -> optax.GradientTransformation
 class HeadsFirstState(NamedTuple):
     """How many updates there have been, and the state of what makes them."""
 
-    count: Array
+    updates: Array
     inner: optax.OptState
 
 
@@ -280,11 +280,11 @@ def _heads_first(transform: optax.GradientTransformation, steps: int) -> optax.G
     ) -> tuple[optax.Updates, HeadsFirstState]:
         def gated(tree: Any) -> Any:
             return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: jnp.where(state.count < steps, 0, leaf) if path[0].key in KEPT else leaf, tree
+                lambda path, leaf: jnp.where(state.updates < steps, 0, leaf) if path[0].key in KEPT else leaf, tree
             )
 
         updates, inner = transform.update(gated(grads), state.inner, params)
-        return gated(updates), HeadsFirstState(optax.safe_increment(state.count), inner)
+        return gated(updates), HeadsFirstState(optax.safe_increment(state.updates), inner)
 
     return optax.GradientTransformation(init, update)
 

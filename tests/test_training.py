@@ -116,7 +116,7 @@ def assert_equal_to_the_bit(config: TrainConfig, other: TrainConfig) -> None:
 def state_of(config: TrainConfig) -> Any:
     import orbax.checkpoint as ocp
 
-    path = Path(config.out).absolute() / "checkpoints" / str(STEPS) / "state"
+    path = Path(config.out).absolute() / "checkpoints" / str(config.train.steps) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:  # as numpy: the devices that saved it need not be here
         stored = checkpointer.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)

@@ -232,6 +232,33 @@ class FeatureEncoder(nn.Module):
         return x
 
 
+def grouped_convolution(
+    x: Float[Array, "B F D"], kernel: Float[Array, "taps Dg D"], groups: int, *, one_by_one: bool | None = None
+) -> Float[Array, "B F D"]:
+    """Each group of channels convolved over time with its own kernel, as many frames out as in.
+
+    Args:
+        one_by_one: a convolution for each group, and not one for all; default on CPUs, where XLA takes fifteen times as
+            long for the backward pass of the latter. GPUs are faster with it (benchmarks/README.md).
+    """
+    taps = len(kernel)
+    if one_by_one is None:
+        one_by_one = jax.default_backend() == "cpu"
+    parts = groups if one_by_one else 1
+    convolved = [
+        jax.lax.conv_general_dilated(
+            part,
+            weights,
+            window_strides=(1,),
+            padding=[(taps // 2, (taps - 1) // 2)],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=groups // parts,
+        )
+        for part, weights in zip(jnp.split(x, parts, axis=-1), jnp.split(kernel, parts, axis=-1), strict=True)
+    ]
+    return jnp.concatenate(convolved, axis=-1)
+
+
 class ConvPositions(nn.Module):
     """activation(conv(x)): where a frame stands, told by the frames around it (Baevski et al. 2020, section 2).
 
@@ -256,18 +283,7 @@ class ConvPositions(nn.Module):
         scale = self.param("scale", lambda _: norm.astype(dtype))
         bias = self.param("bias", nn.initializers.zeros, (width,), dtype)
         kernel = (direction * (scale / norm)[:, None, None]).astype(self.execution.dtype)
-        # One convolution a group: the backward pass of a grouped one takes XLA fifteen times as long on a CPU.
-        parts = [
-            jax.lax.conv_general_dilated(
-                part,
-                weights,
-                window_strides=(1,),
-                padding=[(taps // 2, (taps - 1) // 2)],
-                dimension_numbers=("NWC", "WIO", "NWC"),
-            )
-            for part, weights in zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        ]
-        out = jnp.concatenate(parts, axis=-1) + bias.astype(self.execution.dtype)[None, None]
+        out = grouped_convolution(x, kernel, groups) + bias.astype(self.execution.dtype)[None, None]
         return ACTIVATIONS[self.config.feat_extract_activation](out)
 
 

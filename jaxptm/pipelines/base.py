@@ -49,6 +49,16 @@ def window(model: Model) -> int:
     return min(model.max_length, int(model.tokenizer.model_max_length))
 
 
+def check_lengths(model: Model, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+    """Raises JaxptmError for the first text whose row of tokens is longer than the model."""
+    for text, ids in zip(texts, rows, strict=True):
+        if len(ids) > model.max_length:
+            raise JaxptmError(
+                f"a text has {len(ids)} tokens, the model takes {model.max_length}; pass truncation=True, or shorten "
+                f"it: {text[:60]!r}..."
+            )
+
+
 def run_rows(
     model: Model,
     encoded: Mapping[str, Sequence[Sequence[int]]],

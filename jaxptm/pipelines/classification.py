@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import expit, softmax
 
-from jaxptm.pipelines.base import Pipeline, run_rows, window
+from jaxptm.pipelines.base import Pipeline, check_lengths, run_rows, window
 from jaxptm.pretrained import Model
 from jaxptm.types import JaxptmError
 
@@ -78,18 +78,20 @@ class TextClassification(Pipeline):
         return "sigmoid" if problem == "multi_label_classification" or self.model.config.num_labels == 1 else "softmax"
 
     def _encode(self, texts: Sequence[Text], truncation: bool) -> dict[str, list[list[int]]]:
-        rows: dict[str, list[list[int]]] = {"input_ids": []}
-        limit = window(self.model)
+        pairs = []
         for text in texts:
             if not isinstance(text, str | Mapping) or (isinstance(text, Mapping) and "text" not in text):
                 raise JaxptmError(f'{text!r} is no text; a pair is {{"text": ..., "text_pair": ...}}.')
-            pair = {"text": text} if isinstance(text, str) else text
-            encoded = self.model.tokenizer(
-                **pair, truncation=truncation, max_length=limit if truncation else None, verbose=False
-            )
-            _check_length(self.model, pair["text"], len(encoded["input_ids"]))
-            for name, ids in encoded.items():
-                rows.setdefault(name, []).append(ids)
+            pairs.append({"text": text} if isinstance(text, str) else dict(text))
+        cut = {"truncation": truncation, "max_length": window(self.model) if truncation else None}
+        rows: dict[str, list[list[int]]] = {"input_ids": []}
+        # Neighbours of one form at once: the tokenizer takes texts alone or in pairs.
+        for names, some in groupby(pairs, key=lambda pair: tuple(sorted(pair))):
+            alike = list(some)
+            columns = {name: [pair[name] for pair in alike] for name in names}
+            for name, ids in self.model.tokenizer(**columns, **cut, verbose=False).items():
+                rows.setdefault(name, []).extend(ids)
+        check_lengths(self.model, [pair["text"] for pair in pairs], rows["input_ids"])
         return rows
 
     def _ranked(self, scores: Float[np.ndarray, " K"]) -> list[dict[str, Any]]:
@@ -316,8 +318,7 @@ class ReplacedToken(Pipeline):
             return_offsets_mapping=True,
             verbose=False,
         )
-        for text, ids in zip(texts, encoded["input_ids"], strict=True):
-            _check_length(self.model, text, len(ids))
+        check_lengths(self.model, texts, encoded["input_ids"])
         logits = run_rows(self.model, encoded, lambda out, length: out["logits"][:length], batch_size)
         results = []
         for at, row in enumerate(logits):
@@ -342,14 +343,6 @@ class ReplacedToken(Pipeline):
         yield str(given)
         for token in result:
             yield f"  {'*' if token['replaced'] else ' '} {token['score']:6.1%}  {token['word']}"
-
-
-def _check_length(model: Model, text: str, length: int) -> None:
-    if length > model.max_length:
-        raise JaxptmError(
-            f"{text[:60]!r}...: {length} tokens, the model takes {model.max_length}; pass truncation=True, or "
-            "shorten the text."
-        )
 
 
 def _runs(pieces: Sequence[Piece], together: Any) -> Iterator[list[Piece]]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxptm.hf import files
-from jaxptm.pipelines.base import Pipeline, run_rows, window
+from jaxptm.pipelines.base import Pipeline, check_lengths, run_rows, window
 from jaxptm.pretrained import Model
 from jaxptm.types import JaxptmError
 
@@ -56,12 +56,7 @@ class FeatureExtraction(Pipeline):
             encoded = self.model.tokenizer(texts, truncation=True, max_length=limit) if texts else {"input_ids": []}
         else:
             encoded = self.model.tokenizer(texts, verbose=False) if texts else {"input_ids": []}
-        longest = max(map(len, encoded["input_ids"]), default=0)
-        if longest > self.model.max_length:
-            raise JaxptmError(
-                f"a text has {longest} tokens, the model takes {self.model.max_length}; pass truncation=True, "
-                "or shorten it."
-            )
+        check_lengths(self.model, texts, encoded["input_ids"])
         if steps is None:
             nested = run_rows(
                 self.model, encoded, lambda out, length: [out["last_hidden_state"][:length].tolist()], batch_size

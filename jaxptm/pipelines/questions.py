@@ -104,17 +104,18 @@ class QuestionAnswering(Pipeline):
     def _encode(self, asked: Sequence[Mapping[str, str]], length: int, stride: int) -> Any:
         tokenizer = self.model.tokenizer
         special = tokenizer.num_special_tokens_to_add(pair=True)
-        for pair in asked:
-            tokens = len(tokenizer(pair["question"], add_special_tokens=False, verbose=False)["input_ids"])
+        questions = [pair["question"] for pair in asked]
+        counted = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"] if questions else []
+        for question, tokens in zip(questions, map(len, counted), strict=True):
             room = length - special - tokens
             if not 0 <= stride < room:
                 raise JaxptmError(
-                    f"the question {pair['question'][:60]!r} has {tokens} tokens and leaves {max(room, 0)} of the "
+                    f"the question {question[:60]!r} has {tokens} tokens and leaves {max(room, 0)} of the "
                     f"window of {length} for the context, which should be more than doc_stride {stride}: shorten it, "
                     "or change max_seq_len or doc_stride."
                 )
         return tokenizer(
-            [pair["question"] for pair in asked],
+            questions,
             [pair["context"] for pair in asked],
             truncation="only_second",
             max_length=length,

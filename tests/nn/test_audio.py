@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxptm.models.params import abstract_params
-from jaxptm.nn.audio import AudioConfig, AudioModel, ConvPositions, FeatureEncoder, forward_flops
+from jaxptm.nn.audio import (
+    AudioConfig,
+    AudioModel,
+    ConvPositions,
+    FeatureEncoder,
+    forward_flops,
+    grouped_convolution,
+)
 from jaxptm.nn.core import Execution, Transformer, stack_layers
 from jaxptm.types import JaxptmError, Params
 
@@ -372,3 +380,20 @@ def test_good_inputs_come_as_the_module_takes_them() -> None:
     found = SMALL.checked_inputs(None, arrays | {"input_values": np.zeros((2, 60))})
     kinds = {"input_values": "float32", "attention_mask": "int32", "mask_time_indices": "bool"}
     assert {name: str(array.dtype) for name, array in found.items()} == kinds
+
+
+@pytest.mark.parametrize("taps", [1, 8, 9])
+def test_groups_convolve_alike_together_and_one_by_one(taps: int) -> None:
+    rng = np.random.default_rng(taps)
+    x, cotangent = (rng.normal(size=(2, 13, 12)).astype(np.float32) for _ in range(2))
+    kernel = rng.normal(size=(taps, 4, 12)).astype(np.float32)
+    given = [torch.tensor(array, requires_grad=True) for array in (x, kernel.T.copy())]
+    padded = torch.nn.functional.pad(given[0].mT, (taps // 2, (taps - 1) // 2))
+    expected = torch.nn.functional.conv1d(padded, given[1], groups=3).mT
+    (expected * torch.tensor(cotangent)).sum().backward()
+    for one_by_one in (False, True):
+        out, pullback = jax.vjp(partial(grouped_convolution, groups=3, one_by_one=one_by_one), x, kernel)
+        of_x, of_kernel = pullback(cotangent)
+        np.testing.assert_allclose(out, expected.detach(), atol=1e-5)
+        np.testing.assert_allclose(of_x, given[0].grad, atol=1e-5)
+        np.testing.assert_allclose(of_kernel.T, given[1].grad, atol=1e-5)
