@@ -1,9 +1,11 @@
 """A step of wav2vec 2.0, forward and backward, beside transformers + torch; and forms of its positions' convolution.
 
     python benchmarks/speech_step.py [--preset wav2vec2-base] [--rows B] [--seconds S] [--repeats R] [--layers N]
+        [--precision float32|tensorfloat32]
 
-The loss is a random linear function of the last hidden state, without dropout, in float32; weights are random and equal
-on both sides, and the gradients are compared before anything is timed. The forms of the grouped convolution (`FORMS`)
+Both sides run on the GPU where there is one. The loss is a random linear function of the last hidden state, without
+dropout, in float32 (with products in `--precision`, which a CPU does not heed); weights are random and equal on both
+sides, and the gradients are compared before anything is timed. The forms of the grouped convolution (`FORMS`)
 run on the preset's frames, width, groups and taps; outputs and gradients are compared with torch's, too. All take
 turns; counted are medians, and medians of the ratios to torch's turn of the same round. Prints JSON.
 """
@@ -28,6 +30,8 @@ from jaxptm.models.params import flatten
 from jaxptm.pretrained import from_pretrained
 
 DIMENSIONS = ("NWC", "WIO", "NWC")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {"float32": 1e-5, "tensorfloat32": 5e-3}
 
 
 def grouped(x: Any, kernel: Any, groups: int) -> Any:
@@ -92,7 +96,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--precision", choices=TOLERANCE, default="float32")
     options = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", options.precision)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tensorfloat32"
     family, config = PRESETS[options.preset]
     if options.layers:
         config = config.model_copy(update={"num_hidden_layers": options.layers})
@@ -100,9 +107,12 @@ def main() -> None:
     audio = np.random.default_rng(0).normal(size=(options.rows, samples)).astype(np.float32)
     result = {
         "device": str(jax.devices()[0]),
-        "threads": torch.get_num_threads(),
+        "torch's": torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "precision": options.precision,
         "step": step(family, config, audio, options.repeats),
-        "positions": positions(config, options.rows, config.frames(samples), options.repeats),
+        "positions": positions(
+            config, options.rows, config.frames(samples), options.repeats, TOLERANCE[options.precision]
+        ),
     }
     print(json.dumps(result, indent=2))
 
@@ -114,9 +124,11 @@ def step(family: Any, config: Any, audio: np.ndarray, repeats: int) -> dict[str,
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         model = from_pretrained(directory)
-    values, given = jnp.asarray(audio), torch.tensor(audio)
+    theirs.to(DEVICE)
+    values, given = jnp.asarray(audio), torch.tensor(audio, device=DEVICE)
     shape = (len(audio), config.frames(audio.shape[1]), config.hidden_size)
     cotangent = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    torch_cotangent = torch.tensor(cotangent, device=DEVICE)
 
     @jax.jit
     def slope(params: Any) -> Any:
@@ -126,7 +138,8 @@ def step(family: Any, config: Any, audio: np.ndarray, repeats: int) -> dict[str,
 
     def torch_slope() -> None:
         theirs.zero_grad()
-        (theirs(given).last_hidden_state * torch.tensor(cotangent)).sum().backward()
+        (theirs(given).last_hidden_state * torch_cotangent).sum().backward()
+        wait()
 
     torch_slope()
     found = flatten(slope(model.params))
@@ -135,28 +148,37 @@ def step(family: Any, config: Any, audio: np.ndarray, repeats: int) -> dict[str,
         expected = theirs.get_parameter(row.theirs.removeprefix(family.prefix)).grad
         if expected is None or row.theirs.endswith("k_proj.bias"):  # zero but for rounding
             continue
-        (part,) = row.operation.load(expected.numpy())
+        (part,) = row.operation.load(expected.cpu().numpy())
         errors[row.theirs] = float(np.abs(found[row.paths[0]] - part).max() / np.abs(part).max())
     return timed({"jaxptm": lambda: jax.block_until_ready(slope(model.params))}, torch_slope, repeats) | {
         "largest relative difference of a gradient": max((error, name) for name, error in errors.items())
     }
 
 
-def positions(config: Any, rows: int, frames: int, repeats: int) -> dict[str, Any]:
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def positions(config: Any, rows: int, frames: int, repeats: int, tolerance: float) -> dict[str, Any]:
     """Seconds of a forward and a backward pass of each form."""
     width, taps, groups = config.hidden_size, config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups
     rng = np.random.default_rng(0)
     x, cotangent = (rng.normal(size=(rows, frames, width)).astype(np.float32) for _ in range(2))
     kernel = rng.normal(scale=2 / (taps * width) ** 0.5, size=(taps, width // groups, width)).astype(np.float32)
-    given, weights = torch.tensor(x, requires_grad=True), torch.tensor(kernel.T.copy(), requires_grad=True)
+    given = torch.tensor(x, requires_grad=True, device=DEVICE)
+    weights = torch.tensor(kernel.T.copy(), requires_grad=True, device=DEVICE)
+    torch_cotangent = torch.tensor(cotangent, device=DEVICE)
 
     def torch_pass() -> Any:
         given.grad = weights.grad = None
         out = torch.nn.functional.conv1d(given.mT, weights, padding=taps // 2, groups=groups)[..., :frames].mT
-        (out * torch.tensor(cotangent)).sum().backward()
+        (out * torch_cotangent).sum().backward()
+        wait()
         return out.detach()
 
     out = torch_pass()
+    x, kernel, cotangent = (jnp.asarray(array) for array in (x, kernel, cotangent))
     passes: dict[str, Callable[[], Any]] = {}
     for form in FORMS:
 
@@ -166,8 +188,9 @@ def positions(config: Any, rows: int, frames: int, repeats: int) -> dict[str, An
 
         both = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
         (of_x, of_kernel), found = both(x, kernel)
-        for ours, expected in ((found, out), (of_x, given.grad), (of_kernel.T, weights.grad)):
-            np.testing.assert_allclose(ours, expected, atol=1e-5 * float(expected.abs().max()), err_msg=form.__name__)
+        for ours, given_there in ((found, out), (of_x, given.grad), (of_kernel.T, weights.grad)):
+            expected = given_there.cpu().numpy()
+            np.testing.assert_allclose(ours, expected, atol=tolerance * np.abs(expected).max(), err_msg=form.__name__)
         passes[form.__name__] = lambda both=both: jax.block_until_ready(both(x, kernel))
     return timed(passes, torch_pass, repeats)
 
@@ -184,7 +207,7 @@ def timed(passes: dict[str, Callable[[], Any]], reference: Callable[[], Any], re
                 seconds[name].append(time.perf_counter() - start)
     return {
         name: {
-            "seconds": round(float(np.median(taken)), 4),
+            "seconds": round(float(np.median(taken)), 5),
             "of torch's": round(float(np.median(np.array(taken) / np.array(seconds["torch"]))), 3),
         }
         for name, taken in seconds.items()

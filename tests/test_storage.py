@@ -21,7 +21,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from test_checkpoint import assert_same, blank, make_state, steps_on_disk
 from test_training import config_of, die_at, weights, write_corpus
 
-import jaxptm.run
+import jaxptm.recipe
 from jaxptm import cli, storage
 from jaxptm.checkpoint import Checkpoints
 from jaxptm.config import TrainConfig, load_config
@@ -290,7 +290,7 @@ def evaluated_model(url: str, config: TrainConfig, monkeypatch: pytest.MonkeyPat
         opened.append(path)
         raise InterruptedError
 
-    monkeypatch.setattr(jaxptm.run, "from_pretrained", open_model)
+    monkeypatch.setattr(jaxptm.recipe, "from_pretrained", open_model)
     with pytest.raises(InterruptedError):
         evaluate(url, config)
     return opened[0]

@@ -24,6 +24,8 @@ from jaxptm.metrics import write_results
 from jaxptm.resolving import count_labels, hf_labels, resolve, task_tokenizer
 from jaxptm.tasks import open_task
 
+DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+
 
 class Rows(torch.utils.data.Dataset):
     """Examples as the data collator of transformers takes them."""
@@ -70,7 +72,7 @@ def main() -> None:
         logging_steps=loop.log_every,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         label_names=["start_positions", "end_positions"] if questions else ["labels"],
     )
     collator = transformers.DataCollatorWithPadding(tokenizer)
@@ -94,7 +96,7 @@ def main() -> None:
         "eval": figures,
         "seconds": seconds,
         "training_seconds": trained - begin,
-        "threads": torch.get_num_threads(),
+        "device": DEVICE,
         "versions": {name: metadata.version(name) for name in packages},
         "config": config.model_dump(mode="json"),
     }
