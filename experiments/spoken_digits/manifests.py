@@ -27,7 +27,9 @@ def main() -> None:
         takes[digit, speaker].append((int(take), path))
     if not takes:
         sys.exit(f"{recordings}: holds no {{digit}}_{{speaker}}_{{take}}.wav")
-    of_speaker, train, dev = defaultdict(list), defaultdict(list), []
+    of_speaker: dict[str, list[Path]] = defaultdict(list)
+    train: dict[str, list[list[Path]]] = defaultdict(list)
+    dev: list[Path] = []
     for (digit, speaker), found in sorted(takes.items()):
         paths = [path for _, path in sorted(found)]
         of_speaker[speaker] += paths
