@@ -7,14 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxptm.config import (
-    AudioData,
-    ParallelConfig,
-    TextData,
-    TrainConfig,
-    dump_config,
-    load_config,
-)
+from jaxptm.config import AudioData, ParallelConfig, TextData, TrainConfig, dump_config, load_config
 from jaxptm.hosts import exchange, is_main, together
 from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
 from jaxptm.types import JaxptmError

@@ -17,9 +17,7 @@ from jaxptm.config import (
     TrainConfig,
 )
 from jaxptm.data.glue import GLUE
-from jaxptm.data.labelled import (
-    found_labels,
-)
+from jaxptm.data.labelled import found_labels
 from jaxptm.data.recordings import Recordings
 from jaxptm.data.table import read_table
 from jaxptm.data.tokenizer import load_tokenizer

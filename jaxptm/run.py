@@ -12,11 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxptm.config import (
-    AudioData,
-    TextData,
-    TrainConfig,
-)
+from jaxptm.config import AudioData, TextData, TrainConfig
 from jaxptm.data.batching import Rows
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.examples import LengthBuckets
@@ -180,8 +176,6 @@ def _prepare(data: Any, prepared: Path, progress: Progress | None) -> None:
 def _open_speech(config: TrainConfig, data: AudioData, models: Mapping[str, Model] | None, prepared: Path) -> Run:
     loop, model = config.train, None if models is None else models["model"]
     heard = hear(config, prepared, model)
-    if heard.labels is not None:
-        config = config.model_copy(update={"data": data.model_copy(update={"labels": heard.labels})})
     modules = None if model is None else {"model": model.module}
     objective = make_objective(config, heard.listener, modules, heard.class_weights)
     held_out = {} if heard.held_out is None else {"": HeldOut(heard.held_out, heard.score)}

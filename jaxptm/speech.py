@@ -18,7 +18,7 @@ from jaxptm.data.labelled import label_of
 from jaxptm.data.recordings import Recordings
 from jaxptm.data.speech import SpeechBuckets, open_speech, transcripts
 from jaxptm.hf import files
-from jaxptm.nn.audio import AudioConfig
+from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.pretrained import Model, model_config
 from jaxptm.resolving import has_head
 from jaxptm.tasks import Outputs, Score, class_weights
@@ -75,15 +75,13 @@ class Heard:
         train: batches to learn from.
         held_out: batches to evaluate on, in the order of the files within each length; None where nothing is.
         score: what is said of them is worth; None where the objective's own terms and scores tell.
-        labels: the classes.
-        class_weights: of each of them in the loss.
+        class_weights: of each class in the loss.
     """
 
     train: SpeechBuckets
     held_out: SpeechBuckets | None
     score: Score | None
     listener: Listener
-    labels: list[str] | None
     class_weights: list[float] | None
 
 
@@ -110,14 +108,16 @@ def hear(config: TrainConfig, prepared: Path, evaluated: Model | None = None) ->
     if directory is not None and (directory / "preprocessor_config.json").exists():
         preprocessor = Preprocessor.load(directory)
     asked = data.vocabulary
-    if name == "ctc" and (asked is None or evaluated is not None):
-        own = directory is not None and (directory / "vocab.json").exists()
-        data = data.model_copy(update={"vocabulary": str(directory) if own else "characters"})
+    own = directory if directory is not None and (directory / "vocab.json").exists() else None
+    if name == "ctc" and own is not None and (asked is None or evaluated is not None):
+        data = data.model_copy(update={"vocabulary": str(own)})
+    elif name == "ctc" and asked is None:
+        data = data.model_copy(update={"vocabulary": "characters"})
     crop = name == "contrastive"
     speech = open_speech(data, prepared, crop=crop, labelled=name == "sequence-classification", frames=model.frames)
 
     if evaluated is None and isinstance(config.objective, CtcConfig) and not config.objective.new_head:
-        _check_spelling(asked, speech.vocabulary, directory)
+        _check_spelling(asked, speech.vocabulary, own)
 
     def targets(recordings: Recordings) -> Any:
         if speech.vocabulary is not None:
@@ -153,18 +153,17 @@ def hear(config: TrainConfig, prepared: Path, evaluated: Model | None = None) ->
         held_out=None if held_out is None else buckets(held_out, None),
         score=score,
         listener=Listener(preprocessor, speech.vocabulary),
-        labels=speech.labels,
         class_weights=None if speech.labels is None else class_weights(config, speech.labels, targets(speech.train)),
     )
 
 
-def _check_spelling(asked: str | None, vocabulary: Characters | None, directory: Path | None) -> None:
-    """Raises JaxptmError where a head would go on with another vocabulary than it has learned to write with."""
-    if asked is None or vocabulary is None or directory is None or not has_head(directory, "ctc"):
+def _check_spelling(asked: str | None, vocabulary: Characters | None, own: Path | None) -> None:
+    """Raises JaxptmError where a head would go on with another vocabulary than that of its directory `own`."""
+    if asked is None or vocabulary is None or own is None or not has_head(own, "ctc"):
         return
-    if vocabulary.ids != Characters.load(directory).ids:
+    if vocabulary.ids != Characters.load(own).ids:
         raise JaxptmError(
-            f"data.vocabulary: {asked} is not the vocabulary that the head of {directory} writes with; leave it out to "
+            f"data.vocabulary: {asked} is not the vocabulary that the head of {own} writes with; leave it out to "
             "keep that one, or set objective.new_head=true to begin with a fresh head."
         )
 

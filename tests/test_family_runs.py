@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import test_training
 import transformers
-from test_training import STEPS, assert_equal_to_the_bit, config_of, die_at, write_corpus
+from test_training import STEPS, assert_equal_to_the_bit, config_of, interrupt_and_resume, write_corpus
 
 from jaxptm.config import TrainConfig
 from jaxptm.evaluation import evaluate
@@ -116,10 +115,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 ) -> None:
     kind, whole, _ = finished
     config = run_of(home, kind, "interrupted")
-    with monkeypatch.context() as patch:
-        die_at(patch, 13, signal.SIGTERM)
-        assert train(config) == {"finished": False, "step": 13}
-    assert train(config)["finished"]
+    interrupt_and_resume(config, 13, monkeypatch)
     assert_equal_to_the_bit(config, whole)
     if kind == "electra":
         ours, theirs = (test_training.load_file(Path(c.out) / "generator/model.safetensors") for c in (config, whole))

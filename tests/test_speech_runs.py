@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import speech
 import transformers
 from recorded import tone, write_audio
-from test_training import assert_equal_to_the_bit, die_at
+from test_training import assert_equal_to_the_bit, interrupt_and_resume
 
 from jaxptm.config import TrainConfig, validate
 from jaxptm.data.audio import decode, normalized
@@ -113,10 +112,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 ) -> None:
     kind, whole, _ = finished
     config = config_of(home, kind, "interrupted")
-    with monkeypatch.context() as patch:
-        die_at(patch, 3, signal.SIGTERM)
-        assert train(config) == {"finished": False, "step": 3}
-    assert train(config)["finished"]
+    interrupt_and_resume(config, 3, monkeypatch)
     assert_equal_to_the_bit(config, whole)
 
 
@@ -182,6 +178,13 @@ def test_a_head_keeps_the_vocabulary_that_it_writes_with(home: Path, tmp_path: P
     asked = begun.model_copy(update={"data": begun.data.model_copy(update={"vocabulary": "characters"})})
     with pytest.raises(JaxptmError, match=r"characters is not the vocabulary that the head of .* writes with; leave"):
         opened(asked)
+    (tmp_path / "model/vocab.json").rename(tmp_path / "vocab.json")  # with none of its own it takes what is given
+    given = begun.model_copy(
+        update={"data": begun.data.model_copy(update={"vocabulary": str(tmp_path / "vocab.json")})}
+    )
+    assert opened(given).tokenizer.characters.ids == ids
+    assert evaluate(tmp_path / "model", given) == figures[0]
+    (tmp_path / "vocab.json").rename(tmp_path / "model/vocab.json")
     fresh = asked.model_copy(update={"objective": asked.objective.model_copy(update={"new_head": True})})
     assert opened(fresh).tokenizer.characters.ids != ids
 

@@ -136,6 +136,14 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int, kind: signal.Signals) -> 
     monkeypatch.setattr(jaxptm.training, "batches", batches)
 
 
+def interrupt_and_resume(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs to the end, told to stop on the way."""
+    with monkeypatch.context() as patch:
+        die_at(patch, step, signal.SIGTERM)
+        assert train(config) == {"finished": False, "step": step}
+    assert train(config)["finished"]
+
+
 def test_a_run_leaves_everything_behind(finished: tuple[TrainConfig, dict[str, Any]]) -> None:
     config, results = finished
     out = Path(config.out)

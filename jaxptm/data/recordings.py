@@ -29,11 +29,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from jaxptm.config import RATE
-from jaxptm.data.shards import (
-    damage_of,
-    disk,
-    read_json,
-)
+from jaxptm.data.shards import damage_of, disk, read_json
 from jaxptm.errors import JaxptmError
 
 FORMAT = 1

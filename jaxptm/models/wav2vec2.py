@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from jaxptm.hf.table import Operation, Row, Table, dense, norm
 from jaxptm.models.family import Family
-from jaxptm.nn.audio import AudioConfig, AudioModel
+from jaxptm.nn.audio import AudioModel
+from jaxptm.nn.audio_config import AudioConfig
 
 CONV = Operation(lambda theirs: [theirs.T], lambda ours: ours[0].T)
 """torch.nn.Conv1d keeps (out, in, taps), our kernels are (taps, in, out)."""

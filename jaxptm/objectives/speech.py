@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 
 from jaxptm.config import IGNORED, ContrastiveConfig, CtcConfig
 from jaxptm.models.params import initialise
-from jaxptm.nn.audio import AudioConfig, AudioModel
+from jaxptm.nn.audio import AudioModel
+from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.quantizer import perplexity
 from jaxptm.objectives.objective import Objective
 from jaxptm.ops.contrastive import contrastive_loss, draw_negatives, mask_frames, target_slots

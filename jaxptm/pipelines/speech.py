@@ -13,7 +13,7 @@ from scipy.special import log_softmax, softmax
 
 from jaxptm.config import RATE
 from jaxptm.data.audio import BadAudio, decode, resample
-from jaxptm.nn.audio import AudioConfig
+from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.pipelines.base import Pipeline
 from jaxptm.pretrained import Model
 from jaxptm.speech import Listener, spelling

@@ -16,14 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxptm.models.params import abstract_params
-from jaxptm.nn.audio import (
-    AudioConfig,
-    AudioModel,
-    ConvPositions,
-    FeatureEncoder,
-    forward_flops,
-    grouped_convolution,
-)
+from jaxptm.nn.audio import AudioModel, ConvPositions, FeatureEncoder, forward_flops
+from jaxptm.nn.audio_config import AudioConfig
+from jaxptm.nn.convolution import grouped_convolution
 from jaxptm.nn.core import Execution, Transformer, stack_layers
 from jaxptm.types import JaxptmError, Params
 

@@ -107,6 +107,7 @@ def assert_same_answers(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
     """Same strings, places and order but for scores that rounding may swap, at the end for one that was cut off."""
     assert [answer["score"] for answer in ours] == pytest.approx([answer["score"] for answer in theirs], abs=1e-4)
     known = {(answer["start"], answer["end"], answer["answer"]): answer["score"] for answer in theirs}
+    assert len({answer["answer"] for answer in ours}) == len(ours)
     for answer in ours:
         expected = known.get((answer["start"], answer["end"], answer["answer"]), theirs[-1]["score"])
         assert answer["score"] == pytest.approx(expected, abs=1e-5)
