@@ -38,6 +38,8 @@ def test_text_classification_answers_as_transformers_does(tmp_path: Path, fields
             assert_close(ours(some, truncation=True, **options), theirs(some, truncation=True, **options))
     pairs = [{"text": "the cat", "text_pair": text} for text in texts[:5]]
     assert_close(ours(pairs, truncation=True), theirs(pairs, truncation=True))
+    mixed = [texts[0], pairs[0], texts[1], texts[2], pairs[1], pairs[2], {"text": texts[3]}]
+    assert_close(ours(mixed, truncation=True), [theirs([one], truncation=True)[0] for one in mixed])
     assert ours([]) == []
 
 
