@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from jaxptm.allocation import keep_freed_memory
 from jaxptm.errors import JaxptmError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """The entry point `jaxptm`."""
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxptm").setLevel(logging.INFO)
     sys.excepthook = _excepthook
@@ -234,6 +236,27 @@ def predict(
 
 @app.command()
 @_reported
+def bench(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="How many steps of the run to measure.")] = 20,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a trace, for TensorBoard's profiler and ui.perfetto.dev.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
+) -> None:
+    """Measure the speed and the memory of CONFIG on its own data: where the time of a step goes, utilisation."""
+    from jaxptm.benchmark import benchmark, summary
+    from jaxptm.config import load_config
+
+    figures = benchmark(load_config(config, overrides or ()), steps, profile)
+    print(json.dumps(figures) if as_json else summary(figures))
+    if profile is not None:
+        print(f"written: {profile}", file=sys.stderr)
+
+
+@app.command()
+@_reported
 def prepare(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -309,9 +332,11 @@ def doctor() -> None:
     import platform
     from importlib import metadata
 
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    for name in ("jaxptm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers"):
-        print(f"{name} {metadata.version(name)}")
+    from jaxptm.metrics import versions
+
+    print(f"platform {platform.platform()}")
+    for name, version in versions().items():
+        print(f"{name} {version}")
     for name, need in (("torch", "only to read pytorch_model.bin"), ("libtpu", "only on TPU")):
         try:
             print(f"{name} {metadata.version(name)}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -19,6 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from jaxptm.types import JaxptmError
+
+PACKAGES = (
+    "jaxptm",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
 
 
 class MetricsLog:
@@ -91,6 +106,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         JaxptmError: the file cannot be read, or a line before the last is not a JSON object with a `step`.
     """
     return [{name: _to_float(value) for name, value in line.items()} for line in _read_lines(Path(path))]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def write_results(run_dir: str | Path, results: Mapping[str, Any]) -> Path:

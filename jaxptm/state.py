@@ -2,26 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jaxptm.config import FineTuningConfig
 from jaxptm.hosts import together
 from jaxptm.models.params import flatten, map_params, stacked, unstacked
-from jaxptm.parallel import shardings
+from jaxptm.objectives import Objective
+from jaxptm.optim import optimizer, stop_frozen
+from jaxptm.parallel import Update, compile_update, mapped_axis, shardings
 from jaxptm.recipe import open_models
 from jaxptm.run import Run
-from jaxptm.types import Array, JaxptmError, Params, TrainState
+from jaxptm.step import make_update
+from jaxptm.types import Array, Batch, JaxptmError, Means, Params, TrainState
 
 SHAPELESS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 """Fields of a config that weights were trained with and whose change no shape shows."""
 Rearrange = Callable[[TrainState], TrainState]
+
+
+class Optimization(NamedTuple):
+    """The optimizer step of a run, compiled when it is first called, and the states that it goes between."""
+
+    update: Update
+    create: Callable[[Params], TrainState]
+    """Parameters -> the state at step 0."""
+    shapes: TrainState
+    init_key: Array
+    """Of fresh parameters."""
+
+
+def optimization_of(run: Run, mesh: Mesh) -> Optimization:
+    """All randomness of the run comes from `train.seed`: stream 0 of it makes the parameters, stream 1 the steps."""
+    config = run.config
+    key = jax.random.key(config.train.seed)
+    init_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    params = jax.eval_shape(run.objective.init, init_key)
+    transform = optimizer(config.optimizer, run.steps, params)
+
+    def create(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
+
+    shapes = jax.eval_shape(create, params)
+    learnt, mode = _without_frozen(run.objective, config.optimizer.frozen), config.parallel.mode
+    body = make_update(learnt, transform, step_key, config.train.accumulate, mapped_axis(mesh, mode))
+    return Optimization(compile_update(body, mesh, mode, shapes), create, shapes, init_key)
+
+
+def _without_frozen(objective: Objective, frozen: Sequence[str]) -> Objective:
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
+        return objective.loss(stop_frozen(params, frozen), batch, keys, train=train, step=step)
+
+    return replace(objective, loss=loss) if frozen else objective
 
 
 def stored_form(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, Rearrange, Rearrange]:
@@ -40,14 +83,15 @@ def stored_form(run: Run, shapes: TrainState, mesh: Mesh) -> tuple[TrainState, R
     return placed, there, back
 
 
-def first_state(run: Run, create: Callable[[Params], TrainState], key: Array, mesh: Mesh) -> TrainState:
+def first_state(run: Run, optimization: Optimization, mesh: Mesh) -> TrainState:
     """The state at step 0, made where it stays: from fresh parameters, or from those of `init_from`."""
+    create = optimization.create
     if run.config.init_from is None:
 
         def made(key: Array) -> TrainState:
             return create(run.objective.init(key))
 
-        return jax.jit(made, out_shardings=shardings(jax.eval_shape(made, key), mesh))(key)
+        return jax.jit(made, out_shardings=shardings(optimization.shapes, mesh))(optimization.init_key)
     with together():
         params = jax.device_get(_loaded_params(run, run.config.init_from))
     params = jax.device_put(params, shardings(params, mesh))

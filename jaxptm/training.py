@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import operator
-import platform
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Int
 from rich.console import Console
 
 from jaxptm.checkpoint import Checkpoints
@@ -30,29 +27,28 @@ from jaxptm.directories import claim_directory, tokenizer_directory
 from jaxptm.evaluation import Evaluator
 from jaxptm.hosts import is_main, together
 from jaxptm.interruption import StopSignal, explain_failures
-from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, progress_lines, read_metrics, write_results
+from jaxptm.metrics import (
+    MetricsLog,
+    TrainingProgress,
+    plot_curves,
+    progress_lines,
+    read_metrics,
+    versions,
+    write_results,
+)
 from jaxptm.models import family_of
 from jaxptm.models.params import unstacked
 from jaxptm.nn.text import TextConfig, TextModel
 from jaxptm.objectives import Objective
-from jaxptm.optim import decayed_leaves, optimizer, schedule, stop_frozen
-from jaxptm.parallel import (
-    check_tensor,
-    compile_update,
-    host_rows,
-    make_mesh,
-    mapped_axis,
-    matmul_ceiling,
-    put_batch,
-)
+from jaxptm.optim import decayed_leaves, optimizer, schedule
+from jaxptm.parallel import check_tensor, host_rows, make_mesh, matmul_ceiling, put_batch
 from jaxptm.pretrained import Model
 from jaxptm.recipe import make_objective, open_tokenizer
 from jaxptm.resolving import hf_labels, resolve
 from jaxptm.run import Run, open_run
-from jaxptm.state import first_state, gathered, stored_form
-from jaxptm.step import make_update
+from jaxptm.state import first_state, gathered, optimization_of, stored_form
 from jaxptm.storage import Mirror, checkpoint_directory
-from jaxptm.types import Array, Batch, JaxptmError, Means, Params, TrainState
+from jaxptm.types import JaxptmError, Params, TrainState
 from jaxptm.watch import Alarms, Best, Window
 
 log = logging.getLogger("jaxptm")
@@ -83,26 +79,16 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path) -> dict[str, Any
 
 def _train(config: TrainConfig) -> dict[str, Any]:
     config = resolve(config)
-    loop, mode = config.train, config.parallel.mode
+    loop = config.train
     mesh = make_mesh(config.parallel, loop)
     mirror = claim_directory(config)
     run = open_run(config, progress=progress_lines(log.info))
     for module in run.objective.modules.values():
         check_tensor(mesh, module.config)
 
-    key = jax.random.key(loop.seed)
-    init_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    params = jax.eval_shape(run.objective.init, init_key)
-    transform = optimizer(config.optimizer, run.steps, params)
+    optimization = optimization_of(run, mesh)
+    update, shapes = optimization.update, optimization.shapes
     learning_rate = schedule(config.optimizer, run.steps)
-
-    def create(params: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
-
-    shapes = jax.eval_shape(create, params)
-    learnt = _without_frozen(run.objective, config.optimizer.frozen)
-    body = make_update(learnt, transform, step_key, loop.accumulate, mapped_axis(mesh, mode))
-    update = compile_update(body, mesh, mode, shapes)
     evaluate = Evaluator(run, mesh)
     eval_every, checkpoint_every = run.every(loop.eval_every), run.every(loop.checkpoint_every)
     rows = host_rows(mesh, loop.batch_size)
@@ -111,13 +97,13 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if not is_main():
         console = Console(quiet=True, force_terminal=False)
-    for line in _introduction(run, params, mesh):
+    for line in _introduction(run, shapes.params, mesh):
         console.print(line, markup=False)
 
     with Checkpoints(run.checkpoints, loop.keep, loop.metric) as checkpoints:
         restored = checkpoints.restore(stored_shapes)
         if restored is None:
-            state, seconds = first_state(run, create, init_key, mesh), 0.0
+            state, seconds = first_state(run, optimization, mesh), 0.0
         else:
             state, seconds = from_stored(restored[0]), restored[1]["seconds"]
             if restored[1]["corpus"] != run.corpus:
@@ -199,15 +185,6 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 log.info("written: %s", ", ".join(str(path) for path in written))
                 return results
         return {"finished": True, "step": step}
-
-
-def _without_frozen(objective: Objective, frozen: Sequence[str]) -> Objective:
-    def loss(
-        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
-    ) -> tuple[Means, Means]:
-        return objective.loss(stop_frozen(params, frozen), batch, keys, train=train, step=step)
-
-    return replace(objective, loss=loss) if frozen else objective
 
 
 def export(run: Run, params: Params) -> list[Path]:
@@ -315,18 +292,6 @@ def _results(run: Run, params: Params, mesh: Mesh, seconds: float, step: int, ex
         values = [line[name] for line in lines if name in line]
         return statistics.median(values) if values else None
 
-    packages = (
-        "jaxptm",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "transformers",
-        "tokenizers",
-        "numpy",
-    )
     return {
         "finished": True,
         "step": step,
@@ -338,6 +303,6 @@ def _results(run: Run, params: Params, mesh: Mesh, seconds: float, step: int, ex
         "seconds": seconds,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "devices": [device.device_kind for device in mesh.devices.flat],
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": versions(),
         "config": run.config.model_dump(mode="json"),
     }

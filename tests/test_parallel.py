@@ -277,8 +277,10 @@ def test_the_first_state_is_made_in_its_shards() -> None:
     def create(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
 
+    shapes = jax.eval_shape(lambda key: create(objective.init(key)), jax.random.key(0))
+    optimization = SimpleNamespace(create=create, init_key=jax.random.key(5), shapes=shapes)
     # Past the check of types: of all that a `Run` holds, only these two are needed.
-    whole, divided = (first_state.__wrapped__(opened, create, jax.random.key(5), mesh_of(fsdp=n)) for n in (1, 8))
+    whole, divided = (first_state.__wrapped__(opened, optimization, mesh_of(fsdp=n)) for n in (1, 8))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(divided), jax.device_get(whole))
     expected = shardings(divided, mesh_of(fsdp=8))
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(str(leaf.sharding)), divided, expected)
