@@ -1,0 +1,154 @@
+"""Training steps of jaxptm and of its peers: the same work, in turns, on one machine.
+
+    python benchmarks/peers/compare.py OUT.json [--environments DIR] [--sides SIDE ...] [--work WORK ...] [--repeats R]
+
+Run it with jaxptm's own Python; `environments.py` makes DIR. Without it, only what this Python can import takes part.
+Each side is a process that holds its model and steps when it is told to, so that one computes at a time. A ratio is
+the median, over the rounds, of the seconds of jaxptm's turn by those of the peer's.
+
+    python benchmarks/peers/compare.py --check benchmarks/peers/ratios.json [...]
+
+measures again what that file has, as far as the environments are here, and fails where a ratio is more than 15% higher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from turns import Side
+from work import WORK
+
+TOLERANCE = 0.15
+
+
+class Peer(NamedTuple):
+    """How a side is started.
+
+    Attributes:
+        place: name of its environment; empty for jaxptm's own.
+        package: tells whether this Python can take the side; empty where none but its own environment can.
+        objectives: that it has.
+        variables: of its process.
+    """
+
+    script: str
+    place: str
+    package: str
+    objectives: tuple[str, ...]
+    variables: dict[str, str]
+
+
+EVERYTHING = tuple({work.objective for work in WORK.values()})
+SIDES = {
+    "jaxptm": Peer("with_jaxptm.py", "", "jaxptm", EVERYTHING, {}),
+    "torch": Peer("with_torch.py", "transformers", "torch", EVERYTHING, {}),
+    "torch compiled": Peer("with_torch.py", "transformers", "torch", EVERYTHING, {"COMPILE": "1"}),
+    "flax": Peer("with_flax.py", "flax", "", ("masked-lm", "causal-lm"), {}),
+    "keras": Peer("with_keras.py", "keras", "keras_hub", ("masked-lm",), {}),
+}
+
+
+def python_of(peer: Peer, environments: Path | None) -> str | None:
+    """The interpreter of a side; None where it is not here."""
+    if environments is not None and peer.place and (environments / peer.place).is_dir():
+        return str(environments / peer.place / "bin/python")
+    return sys.executable if peer.package and importlib.util.find_spec(peer.package) is not None else None
+
+
+def compare(name: str, sides: list[str], environments: Path | None, repeats: int) -> dict[str, Any]:
+    """What each side of one kind of work took, and the ratios of jaxptm to the others."""
+    running: dict[str, Side] = {}
+    for side in sides:
+        peer = SIDES[side]
+        python = python_of(peer, environments)
+        if python is None or WORK[name].objective not in peer.objectives:
+            continue
+        print(f"{name}: {side} begins", file=sys.stderr, flush=True)
+        running[side] = Side(python, peer.script, name, os.environ | peer.variables)
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in running}
+    for _ in range(repeats + 1):
+        for side, process in running.items():
+            turns[side].append(process.steps(1))
+    seconds = {side: [turn["seconds"] for turn in taken[1:]] for side, taken in turns.items()}  # the first warms up
+    for process in running.values():
+        process.close()
+    return {
+        "work": WORK[name]._asdict(),
+        "sides": {
+            side: process.about
+            | {
+                "seconds": statistics.median(seconds[side]),
+                "all_seconds": seconds[side],
+                "ready_seconds": process.ready_seconds,
+                "last_loss": turns[side][-1]["loss"],
+                "peak_bytes": turns[side][-1]["peak"],
+            }
+            for side, process in running.items()
+        },
+        "ratios": {
+            side: statistics.median(ours / theirs for ours, theirs in zip(seconds["jaxptm"], values, strict=True))
+            for side, values in seconds.items()
+            if side != "jaxptm"
+        },
+    }
+
+
+def table(measured: dict[str, Any]) -> str:
+    lines = [
+        "| step | side | seconds | of jaxptm's turn in theirs | from the start to the first step, s | memory, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in measured.items():
+        for side, figures in result["sides"].items():
+            ratio = f"{result['ratios'][side]:.2f}" if side in result["ratios"] else ""
+            lines.append(
+                f"| {name} | {side} | {figures['seconds']:.3f} | {ratio} | {figures['ready_seconds']:.1f} "
+                f"| {figures['peak_bytes'] / 2**30:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--environments", type=Path)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--check", type=Path)
+    arguments = parser.parse_args()
+    if (arguments.out is None) == (arguments.check is None):
+        parser.error("name the file to write, or the one to --check.")
+    committed = json.loads(arguments.check.read_text()) if arguments.check else {}
+    measured: dict[str, Any] = {}
+    for name in arguments.work:
+        if arguments.check and name not in committed:
+            continue
+        sides = ["jaxptm", *(side for side in arguments.sides if side != "jaxptm")]
+        if arguments.check:
+            sides = [side for side in sides if side in committed[name]["sides"]]
+        measured[name] = compare(name, sides, arguments.environments, arguments.repeats)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
+    print(table(measured))
+    slower = [
+        f"{name}: {ratio:.2f} of {side}, {committed[name]['ratios'][side]:.2f} in {arguments.check}"
+        for name, result in measured.items()
+        for side, ratio in result["ratios"].items()
+        if arguments.check and ratio > (1 + TOLERANCE) * committed[name]["ratios"][side]
+    ]
+    if slower:
+        sys.exit("\n".join(["slower than it was:", *slower]))
+    if arguments.check and not any(result["ratios"] for result in measured.values()):
+        sys.exit("no peer is here to compare with; benchmarks/peers/environments.py makes their environments.")
+
+
+if __name__ == "__main__":
+    main()
