@@ -1,6 +1,7 @@
 # make quickstart   pre-train a small BERT on the English that ships with Python
 # make test         run the tests
 # make lint         check style and types
+# make bench-check  measure the training steps that benchmarks/peers/ratios.json has again, beside torch
 # Each sets up .venv by itself. Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench-check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.run
@@ -24,6 +25,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-check: $(VENV)/.test
+	$(BIN)/python benchmarks/peers/compare.py --check benchmarks/peers/ratios.json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -304,7 +304,8 @@ def is_better(metric: str, value: float, than: float | None) -> bool:
     """Whether an evaluation is better than another: lower, of losses, errors and perplexities; larger, of all else."""
     if than is None or not math.isfinite(than):
         return math.isfinite(value)
-    return value < than if metric.endswith(("loss", "error", "entropy", "perplexity")) else value > than
+    lower = metric.endswith(("loss", "error", "entropy", "perplexity")) or metric.split("/")[-1] in ("wer", "cer")
+    return value < than if lower else value > than
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):

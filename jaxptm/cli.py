@@ -327,6 +327,18 @@ def convert(
 
 @app.command()
 @_reported
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories or their URLs.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Compare runs on one page: figures, curves, settings that differ, speed."""
+    from jaxptm.report import report
+
+    print(f"{report(runs, out)}: {len(runs)} run(s)")
+
+
+@app.command()
+@_reported
 def doctor() -> None:
     """Show devices, versions and caches, and what is missing."""
     import platform

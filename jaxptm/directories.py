@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def claim_directory(config: TrainConfig) -> Mirror:
 def _claim(directory: Path, checkpoints: Path | Any, config: TrainConfig) -> None:
     path = directory / "config.yaml"
     if path.exists() and any(checkpoints.glob("[0-9]*")):
-        theirs = _leaves(load_config(path).model_dump(mode="json"))
-        ours = _leaves(config.model_dump(mode="json"))
+        theirs = leaves(load_config(path).model_dump(mode="json"))
+        ours = leaves(config.model_dump(mode="json"))
         free = REPORTING | LAYOUT | {"out"}
         keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and key not in free]
         if keys:
@@ -98,8 +99,9 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _leaves(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested fields, by `key.key`."""
+    found: dict[str, Any] = {}
     for key, value in fields.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

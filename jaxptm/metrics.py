@@ -81,7 +81,7 @@ class MetricsLog:
         self._purge_step = step + 1
         self._file.close()
         kept = [_to_json(line) for line in _read_lines(self.path) if line["step"] <= step]
-        _write_atomically(self.path, "".join(line + "\n" for line in kept))
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ def versions() -> dict[str, str]:
 def write_results(run_dir: str | Path, results: Mapping[str, Any]) -> Path:
     """Writes `results.json` in one go, numbers that are not finite as strings, and returns its path."""
     path = Path(run_dir) / "results.json"
-    _write_atomically(path, _to_json(results, indent=2) + "\n")
+    write_atomically(path, _to_json(results, indent=2) + "\n")
     return path
 
 
@@ -321,7 +321,8 @@ def _to_float(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one go: whatever happens, it holds the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -22,7 +22,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxptm import checkpoint
-from jaxptm.checkpoint import Checkpoints
+from jaxptm.checkpoint import Checkpoints, is_better
 from jaxptm.types import JaxptmError, TrainState
 
 
@@ -250,7 +250,7 @@ def test_check_for_errors_reports_once_the_background_save_has_failed(
 
 FULL_DISK = """
 import sys, jax, jax.numpy as jnp
-from jaxptm.checkpoint import Checkpoints
+from jaxptm.checkpoint import Checkpoints, is_better
 from jaxptm.types import JaxptmError, TrainState
 def state(step, size): return TrainState(jnp.int32(step), {"a": jax.random.normal(jax.random.key(0), (size,))}, ())
 with Checkpoints(sys.argv[1], keep=2) as checkpoints:
@@ -280,3 +280,9 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     message, step = done.stdout.splitlines()
     assert f"{tmp_path}/checkpoints: the checkpoint of step 2 could not be saved: the disk is full" in message
     assert step == "1"
+
+
+@pytest.mark.parametrize("metric", ["loss", "mlm_loss", "wer", "dev/cer", "mean_squared_error"])
+def test_of_losses_and_error_rates_the_lower_is_better(metric: str) -> None:
+    assert is_better(metric, 0.1, 0.2) and not is_better(metric, 0.2, 0.1)
+    assert is_better("accuracy", 0.2, 0.1) and not is_better("accuracy", 0.1, 0.2)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jaxptm.cli import app
 
-COMMANDS = ("train", "evaluate", "glue", "predict", "bench", "prepare", "convert", "doctor")
+COMMANDS = ("train", "evaluate", "glue", "predict", "bench", "prepare", "convert", "report", "doctor")
 
 
 def jaxptm(*arguments: str, text: str | None = None) -> tuple[int, str, str]:
