@@ -42,7 +42,7 @@ def grouped(x: Any, kernel: Any, groups: int) -> Any:
 
 
 def by_group(x: Any, kernel: Any, groups: int) -> Any:
-    """One convolution a group: what `jaxptm.nn.audio.ConvPositions` does."""
+    """One convolution a group: what `jaxptm.nn.convolution` does on CPUs."""
     parts = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
     return jnp.concatenate([grouped(part, weights, 1) for part, weights in parts], -1)
 

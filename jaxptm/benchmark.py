@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ import jax.numpy as jnp
 
 from jaxptm.config import TrainConfig
 from jaxptm.data.batching import batches
+from jaxptm.hosts import is_main
+from jaxptm.interruption import explain_failures
 from jaxptm.metrics import MetricsLog, progress_lines, versions
-from jaxptm.parallel import check_tensor, make_mesh, matmul_ceiling, put_batch
+from jaxptm.parallel import check_tensor, host_rows, make_mesh, matmul_ceiling, put_batch
 from jaxptm.resolving import resolve
 from jaxptm.run import Run, open_run
 from jaxptm.state import first_state, optimization_of
@@ -73,7 +75,7 @@ def benchmark(config: TrainConfig, steps: int = 20, profile: str | Path | None =
     The corpus is prepared first where that has not been done.
 
     Args:
-        steps: of the run, from its first batch on, whose time is split.
+        steps: of the run, from its second batch on, whose time is split.
         profile: a directory for a trace of some of them, for TensorBoard's profiler and ui.perfetto.dev.
 
     Returns:
@@ -97,18 +99,24 @@ def benchmark(config: TrainConfig, steps: int = 20, profile: str | Path | None =
     if steps < 1:
         raise JaxptmError(f"--steps {steps}: measure at least 1.")
     config = resolve(config)
+    with explain_failures(config):
+        return _benchmark(config, steps, profile)
+
+
+def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> dict[str, Any]:
     mesh = make_mesh(config.parallel, config.train)
     run = open_run(config, progress=progress_lines(log.info))
     for module in run.objective.modules.values():
         check_tensor(mesh, module.config)
     rows = config.train.batch_size
+    here = host_rows(mesh, rows)
     optimization = optimization_of(run, mesh)
     state = first_state(run, optimization, mesh)
     ceiling = matmul_ceiling(jnp.dtype(config.train.dtype))
 
     samples: dict[Shape, Any] = {}
     count: Counter[Shape] = Counter()
-    for batch in batches(run.train, rows, 0, steps):
+    for batch in _read(run, here, steps):
         shape = _shape(run, batch)
         samples.setdefault(shape, batch)
         count[shape] += 1
@@ -131,38 +139,39 @@ def benchmark(config: TrainConfig, steps: int = 20, profile: str | Path | None =
         with window.step(shape):
             pass  # compiled already, so that its first step is a step as any other
 
-    def trained(state: TrainState, steps: int, directory: Path) -> tuple[TrainState, Loop]:
+    def trained(state: TrainState, steps: int, metrics: MetricsLog) -> tuple[TrainState, Loop]:
         """The loop of a run."""
         counts: dict[str, list[Any]] = {}
-        with MetricsLog(directory) as metrics:
-            source = batches(run.train, rows, 0, steps)
-            began, waited = time.perf_counter(), 0.0
-            for step in range(1, steps + 1):
-                asked = time.perf_counter()
-                batch = next(source)
-                waited += time.perf_counter() - asked
-                shape = _shape(run, batch)
-                with window.step(shape):
-                    state, means = updates[shape](state, put_batch(mesh, batch, rows))
-                window.add(means)
-                for name in Window.COUNTED.keys() & means.keys():
-                    counts.setdefault(Window.COUNTED[name], []).append(means[name].total)
-                if step % config.train.log_every == 0 or step == steps:
-                    metrics.write(step, window.close())
-            jax.block_until_ready(state)
-            seconds = time.perf_counter() - began
+        source = _read(run, here, steps)
+        began, waited = time.perf_counter(), 0.0
+        for step in range(1, steps + 1):
+            asked = time.perf_counter()
+            batch = next(source)
+            waited += time.perf_counter() - asked
+            shape = _shape(run, batch)
+            with window.step(shape):
+                state, means = updates[shape](state, put_batch(mesh, batch, rows))
+            window.add(means)
+            for name in Window.COUNTED.keys() & means.keys():
+                counts.setdefault(Window.COUNTED[name], []).append(means[name].total)
+            if step % config.train.log_every == 0:
+                metrics.write(step, window.close())
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - began
+        window.close()
         rates = {name: float(sum(jax.device_get(totals))) / seconds for name, totals in counts.items()}
         return state, Loop(seconds / steps, waited / steps, rates)
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, MetricsLog(scratch, enabled=is_main()) as metrics:
+        metrics.write(0, {})
         loops = []
         for _ in range(ROUNDS):
-            state, loop = trained(state, steps, Path(scratch))
+            state, loop = trained(state, steps, metrics)
             loops.append(loop)
         if profile is not None:
             with jax.profiler.trace(str(profile), create_perfetto_trace=True):
-                state, _ = trained(state, min(steps, PROFILED_STEPS), Path(scratch))
-    whole = sorted(loops)[ROUNDS // 2]
+                state, _ = trained(state, min(steps, PROFILED_STEPS), metrics)
+    whole = sorted(loops, key=lambda loop: loop.step_seconds)[ROUNDS // 2]
     compute = sum(each.batches * each.step_seconds for each in timed) / steps
     flops = sum(each.batches * each.model_flops for each in timed) / steps
     allocated_bytes = [each.allocated for each in timed if each.allocated is not None]
@@ -171,7 +180,7 @@ def benchmark(config: TrainConfig, steps: int = 20, profile: str | Path | None =
         "input_seconds": whole.input_seconds,
         "compute_seconds": compute,
         "other_seconds": whole.step_seconds - whole.input_seconds - compute,
-        "pipeline_seconds": _pipeline_seconds(run, rows),
+        "pipeline_seconds": _pipeline_seconds(run, here),
         **whole.rates,
         "utilisation": flops / whole.step_seconds / mesh.size / ceiling,
         "compute_utilisation": flops / compute / mesh.size / ceiling,
@@ -201,7 +210,7 @@ def summary(figures: Mapping[str, Any]) -> str:
         "held by the device at most": figures["memory"]["device_peak"],
         "held by this process at most": figures["memory"]["host_peak"],
     }
-    rates = (f"{figures[name]:,.0f} {name.replace('_per_second', '').replace('_', ' ')} a second" for name in RATES)
+    rates = {name: name.removesuffix("_per_second").replace("_", " ") for name in RATES if name in figures}
     lines = [
         f"{figures['objective']}, {figures['parameters']:,} parameters, "
         f"{', '.join(f'{count} x {kind}' for kind, count in devices.items())}, {figures['config']['train']['dtype']}",
@@ -220,7 +229,7 @@ def summary(figures: Mapping[str, Any]) -> str:
         "",
         f"a step: {_milliseconds(figures['step_seconds'])} = {' + '.join(parts)}",
         f"the input pipeline alone: {_milliseconds(figures['pipeline_seconds'])} a batch",
-        *(rate for name, rate in zip(RATES, rates, strict=True) if name in figures),
+        *(f"{figures[name]:,.0f} {what} a second" for name, what in rates.items()),
         f"utilisation: {figures['utilisation']:.1%}, by the computation alone {figures['compute_utilisation']:.1%}, of "
         f"the {figures['ceiling_flops'] / 1e9:,.0f} GFLOP/s that a large matrix product reaches here on a device",
         "memory: " + ", ".join(f"{size / 2**20:,.0f} MiB {what}" for what, size in memory.items() if size is not None),
@@ -253,13 +262,21 @@ def _step_seconds(update: Any, state: TrainState, batch: Any, steps: int) -> tup
     return state, statistics.median(seconds)
 
 
-def _pipeline_seconds(run: Run, rows: int) -> float:
-    """Of one batch, read as fast as it goes. Many, so that starting the reading threads does not count."""
-    began = time.perf_counter()
-    for count, _ in enumerate(batches(run.train, rows, 0, PIPELINE_BATCHES), 1):  # noqa: B007
-        if time.perf_counter() - began > PIPELINE_SECONDS:
-            break
-    return (time.perf_counter() - began) / count
+def _read(run: Run, here: Any, steps: int) -> Iterator[dict[str, Any]]:
+    """The batches of steps 1 and on; that of step 0 is read already, and with it the reading threads have begun."""
+    source = batches(run.train, run.config.train.batch_size, 0, steps + 1, here)
+    next(source)
+    return source
+
+
+def _pipeline_seconds(run: Run, here: Any) -> float:
+    """Of one batch, read as fast as it goes. Many, for the first ones have been read ahead."""
+    source = _read(run, here, PIPELINE_BATCHES)
+    began, read, seconds = time.perf_counter(), 0, 0.0
+    while read < PIPELINE_BATCHES and seconds < PIPELINE_SECONDS:
+        next(source)
+        read, seconds = read + 1, time.perf_counter() - began
+    return seconds / read
 
 
 def _shape(run: Run, batch: Batch) -> Shape:

@@ -301,7 +301,7 @@ class Checkpoints:
 
 
 def is_better(metric: str, value: float, than: float | None) -> bool:
-    """Whether an evaluation is better than another: lower, of losses, errors and perplexities; larger, of all else."""
+    """Whether an evaluation is better than another: lower, of losses, perplexities and errors; larger, of all else."""
     if than is None or not math.isfinite(than):
         return math.isfinite(value)
     lower = metric.endswith(("loss", "error", "entropy", "perplexity")) or metric.split("/")[-1] in ("wer", "cer")

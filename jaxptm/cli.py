@@ -33,9 +33,14 @@ Overrides = Annotated[
 ]
 
 
+TRAINING = {"train", "glue", "bench"}
+"""Commands that take training steps."""
+
+
 def main() -> None:
     """The entry point `jaxptm`."""
-    keep_freed_memory()
+    if TRAINING & set(sys.argv[1:2]):
+        keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxptm").setLevel(logging.INFO)
     sys.excepthook = _excepthook

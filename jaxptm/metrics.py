@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -80,7 +80,7 @@ class MetricsLog:
             return
         self._purge_step = step + 1
         self._file.close()
-        kept = [_to_json(line) for line in _read_lines(self.path) if line["step"] <= step]
+        kept = [_to_json(line) for line in _lines(_text_of(self.path), str(self.path)) if line["step"] <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -105,7 +105,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         JaxptmError: the file cannot be read, or a line before the last is not a JSON object with a `step`.
     """
-    return [{name: _to_float(value) for name, value in line.items()} for line in _read_lines(Path(path))]
+    path = Path(path)
+    return parse_metrics(_text_of(path), str(path))
+
+
+def parse_metrics(text: str, name: str) -> list[dict[str, Any]]:
+    """The same of what such a file holds; `name` is what errors call it."""
+    return [{name: _to_float(value) for name, value in line.items()} for line in _lines(text, name)]
 
 
 def versions() -> dict[str, str]:
@@ -132,6 +138,22 @@ PANELS = {
 """What curves show, by title: the figures with names that end so; a panel without any is left out."""
 
 
+def draw_curve(axes: Any, lines: Sequence[Mapping[str, Any]], name: str, scale: float = 1, **look: Any) -> None:
+    """Draws one figure of a log over its steps; held-out ones have dots."""
+    points = [(line["step"], scale * line[name]) for line in lines if name in line]
+    held_out = name.startswith("eval/")
+    dots = {"linewidth": 1.8, "marker": "o", "markersize": 4} if held_out else {"linewidth": 1, "alpha": 0.7}
+    if points:
+        axes.plot(*zip(*points, strict=True), **dots, **look)
+
+
+def dress_axes(axes: Any, title: str) -> None:
+    """How all curves look."""
+    axes.set(title=title, xlabel="Step")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def plot_curves(run_dir: str | Path) -> Path:
     """Draws `curves.png` from `metrics.jsonl`: loss, accuracies, learning rate and throughput over the steps."""
     from matplotlib.figure import Figure
@@ -155,20 +177,9 @@ def plot_curves(run_dir: str | Path) -> Path:
         scale = 100 if "%" in title else 1
         quantities = list(dict.fromkeys(name.split("/")[-1] for name in shown))
         for name in shown:
-            points = [(line["step"], scale * line[name]) for line in lines if name in line]
-            held_out = name.startswith("eval/")
-            axes.plot(
-                *zip(*points, strict=True),
-                label=name.replace("/", " ").replace("_", " "),
-                color=f"C{quantities.index(name.split('/')[-1])}",  # one colour a quantity; dots are held-out text
-                linewidth=1.8 if held_out else 1,
-                alpha=1 if held_out else 0.7,
-                marker="o" if held_out else None,
-                markersize=4,
-            )
-        axes.set(title=title, xlabel="Step")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+            colour = f"C{quantities.index(name.split('/')[-1])}"  # one a quantity
+            draw_curve(axes, lines, name, scale, label=name.replace("/", " ").replace("_", " "), color=colour)
+        dress_axes(axes, title)
         if len(shown) > 1:
             axes.legend(frameon=False, fontsize=9)
         if title.endswith("per second"):
@@ -283,19 +294,22 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _text_of(path: Path) -> str:
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise JaxptmError(f"{path}: cannot read the metrics: {error.strerror}.") from error
+
+
+def _lines(text: str, name: str) -> list[dict[str, Any]]:
     lines = []
-    for number, text in enumerate(texts[:-1], start=1):  # what follows the last newline was never finished
+    for number, written in enumerate(text.split("\n")[:-1], start=1):  # what follows the last newline was not finished
         try:
-            line = json.loads(text)
+            line = json.loads(written)
             int(line["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise JaxptmError(
-                f"{path}: line {number} is not a JSON object with a `step`; delete that line to go on."
+                f"{name}: line {number} is not a JSON object with a `step`; delete that line to go on."
             ) from error
         lines.append(line)
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,8 +15,8 @@ import yaml
 
 from jaxptm.checkpoint import is_better
 from jaxptm.directories import leaves
-from jaxptm.metrics import read_metrics, write_atomically
-from jaxptm.storage import Mirror, is_remote
+from jaxptm.metrics import draw_curve, dress_axes, parse_metrics, write_atomically
+from jaxptm.storage import read_text
 from jaxptm.types import JaxptmError
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -24,6 +24,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 DASHES = ("-", "--", ":", "-.")
 COSTS = ("step", "exported_step", "seconds", "parameters", "utilisation")
 """What a run took, among the figures of `results.json`; rates are there, too."""
+PARTS = ("train", "eval")
+KNOWN = re.compile(r"(.*[/_])?(loss|perplexity|wer|cer|accuracy|f1|correlation|pearson|spearmanr?|score|exact_match)")
+"""Figures of which it is known whether more is better (see `is_better`), by how their names end."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; text-align: left; }
@@ -55,8 +58,7 @@ class Logged:
     def figures(self) -> dict[str, float]:
         """The last of each, as `results.json` has them, or before it is there the log."""
         if self.results:
-            parts = (("train", self.results["train"]), ("eval", self.results["eval"]))
-            return {f"{part}/{name}": value for part, values in parts for name, value in values.items()}
+            return {f"{part}/{name}": value for part in PARTS for name, value in self.results[part].items()}
         return {name: value for line in self.lines for name, value in line.items() if name != "step"}
 
     @property
@@ -87,7 +89,7 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
     out = Path(out)
     if not out.parent.is_dir():
         raise JaxptmError(f"{out}: there is no directory {out.parent}; make it first.")
-    page = html([read_run(name) for name in names])
+    page = to_html([read_run(name) for name in names])
     try:
         write_atomically(out, page)
     except OSError as error:
@@ -101,39 +103,36 @@ def read_run(name: str) -> Logged:
     Raises:
         JaxptmError: it is no run directory, or a file of it is damaged.
     """
-    mirror = Mirror(name)
-    paths = {file: mirror.pull(file, missing_ok=True) for file in ("config.yaml", "metrics.jsonl", "results.json")}
-    for file in ("config.yaml", "metrics.jsonl"):
-        if not paths[file].is_file():
-            where = name if is_remote(name) else paths[file].parent
-            raise JaxptmError(f"{where}: is no run directory, it holds no {file}; name the `out` of a run.")
+    texts = {file: read_text(name, file) for file in ("config.yaml", "metrics.jsonl", "results.json")}
+    if texts["config.yaml"] is None:
+        raise JaxptmError(f"{name}: is no run directory, it holds no config.yaml; name the `out` of a run.")
     try:
-        config = yaml.safe_load(paths["config.yaml"].read_text(encoding="utf-8"))
-        results = (
-            json.loads(paths["results.json"].read_text(encoding="utf-8")) if paths["results.json"].exists() else {}
-        )
+        config, results = yaml.safe_load(texts["config.yaml"]), json.loads(texts["results.json"] or "{}")
     except (yaml.YAMLError, ValueError) as error:
         raise JaxptmError(f"{name}: config.yaml or results.json is damaged: {error}") from error
-    if not isinstance(config, dict) or not isinstance(results, dict):
-        raise JaxptmError(f"{name}: config.yaml or results.json holds no fields.")
-    return Logged(name, leaves(config), read_metrics(paths["metrics.jsonl"]), results)
+    whole = isinstance(results, dict) and (not results or all(isinstance(results.get(p), dict) for p in PARTS))
+    if not isinstance(config, dict) or not whole:
+        raise JaxptmError(f"{name}: config.yaml or results.json is not what a run writes.")
+    lines = parse_metrics(texts["metrics.jsonl"] or "", f"{name}/metrics.jsonl")
+    return Logged(name, leaves(config), lines, results)
 
 
-def html(runs: Sequence[Logged]) -> str:
+def to_html(runs: Sequence[Logged]) -> str:
     """The page."""
     title = "jaxptm: " + ", ".join(run.name for run in runs)
     open_runs = [run.name for run in runs if not run.results]
     under_way = f"<p><small>Not finished: {escape(', '.join(open_runs))}.</small></p>" if open_runs else ""
     differing, shared = _settings(runs)
+    figures = _rows(run.figures for run in runs)
     return "\n".join(
         [
             "<!doctype html>",
             f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>',
             f"<body><h1>{'Runs' if len(runs) > 1 else 'Run'}</h1>{under_way}",
             "<h2>Held-out figures</h2>",
-            _table(runs, {name: row for name, row in _rows(run.figures for run in runs) if name.startswith("eval/")}),
+            _table(runs, {name: row for name, row in figures.items() if name.startswith("eval/")}),
             "<h2>What they took</h2>",
-            _table(runs, dict(_rows(run.costs for run in runs)), judged=False),
+            _table(runs, _rows(run.costs for run in runs), judged=False),
             "<h2>Curves</h2>",
             '<p><small>Thin: training. With dots: held out.</small></p><div class="curves">',
             *(_curve(quantity, runs) for quantity in _quantities(runs)),
@@ -146,24 +145,24 @@ def html(runs: Sequence[Logged]) -> str:
                 else []
             ),
             "<h2>Last figures of training</h2>",
-            _table(runs, {name: row for name, row in _rows(run.figures for run in runs) if name.startswith("train/")}),
+            _table(runs, {name: row for name, row in figures.items() if name.startswith("train/")}, judged=False),
             "<h2>Versions and devices</h2>",
-            _table(runs, dict(_rows(_machine(run) for run in runs)), judged=False),
+            _table(runs, _rows(_machine(run) for run in runs), judged=False),
             "</body></html>",
             "",
         ]
     )
 
 
-def _rows(columns: Any) -> list[tuple[str, list[Any]]]:
+def _rows(columns: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Each name that occurs, with its value in every column."""
     columns = list(columns)
-    return [(name, [column.get(name) for column in columns]) for name in dict.fromkeys(n for c in columns for n in c)]
+    return {name: [column.get(name) for column in columns] for name in dict.fromkeys(n for c in columns for n in c)}
 
 
 def _settings(runs: Sequence[Logged]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """The keys whose values differ, and the others."""
-    rows = dict(_rows(run.config for run in runs))
+    rows = _rows(run.config for run in runs)
     differ = {key: row for key, row in rows.items() if len(runs) == 1 or any(value != row[0] for value in row)}
     return differ, {key: row[:1] for key, row in rows.items() if key not in differ}
 
@@ -192,6 +191,8 @@ def _table(runs: Sequence[Logged], rows: Mapping[str, Sequence[Any]], *, judged:
 
 def _best(name: str, row: Sequence[Any]) -> int | None:
     """Which run is ahead in a figure; None where two are, or where it cannot be said."""
+    if not KNOWN.fullmatch(name):
+        return None
     best: int | None = None
     for place, value in enumerate(row):
         if _is_number(value) and is_better(name, value, None if best is None else row[best]):
@@ -237,21 +238,8 @@ def _curve(quantity: str, runs: Sequence[Logged]) -> str:
     for place, run in enumerate(runs):
         colour, dash = _colour(place)
         for part in ("train", "eval"):
-            points = [(line["step"], line[f"{part}/{quantity}"]) for line in run.lines if f"{part}/{quantity}" in line]
-            if points:
-                held_out = part == "eval"
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    linestyle=dash,
-                    linewidth=1.8 if held_out else 1,
-                    alpha=1 if held_out else 0.6,
-                    marker="o" if held_out else None,
-                    markersize=4,
-                )
-    axes.set(title=quantity.replace("_", " "), xlabel="step")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+            draw_curve(axes, run.lines, f"{part}/{quantity}", color=colour, linestyle=dash)
+    dress_axes(axes, quantity.replace("_", " "))
     drawn = io.StringIO()
     # The same page for the same runs: no date, and ids that do not change from call to call.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": quantity}):

@@ -107,15 +107,27 @@ def hear(config: TrainConfig, prepared: Path, evaluated: Model | None = None) ->
     preprocessor = Preprocessor(True, model.feat_extract_norm == "layer")
     if directory is not None and (directory / "preprocessor_config.json").exists():
         preprocessor = Preprocessor.load(directory)
-    asked = data.vocabulary
+    asked, writes = data.vocabulary, name == "ctc"
     own = directory if directory is not None and (directory / "vocab.json").exists() else None
-    if name == "ctc" and own is not None and (asked is None or evaluated is not None):
+    if writes and own is not None and (asked is None or evaluated is not None):
         data = data.model_copy(update={"vocabulary": str(own)})
-    elif name == "ctc" and asked is None:
+    elif writes and asked is None and evaluated is not None:
+        raise JaxptmError(
+            f"{source}: has no vocab.json, so nobody knows which character each of its outputs is; name the file in "
+            "data.vocabulary."
+        )
+    elif writes and asked is None:
         data = data.model_copy(update={"vocabulary": "characters"})
     crop = name == "contrastive"
     speech = open_speech(data, prepared, crop=crop, labelled=name == "sequence-classification", frames=model.frames)
 
+    if evaluated is not None and speech.vocabulary is not None:
+        outputs = evaluated.config.vocab_size
+        if len(speech.vocabulary) > outputs:
+            raise JaxptmError(
+                f"{data.vocabulary}: has {len(speech.vocabulary)} entries, and {source} tells {outputs} apart; name "
+                "its own in data.vocabulary."
+            )
     if evaluated is None and isinstance(config.objective, CtcConfig) and not config.objective.new_head:
         _check_spelling(asked, speech.vocabulary, own)
 

@@ -114,6 +114,25 @@ class Mirror:
             log.warning("%s The run goes on, and tries again at its next checkpoint.", error)
 
 
+def read_text(out: str, name: str) -> str | None:
+    """A file of the run `out`, from where it was written; None where there is none. Nothing is copied here.
+
+    Raises:
+        JaxptmError: it cannot be read.
+    """
+    if not is_remote(out):
+        path = Path(out) / name
+        try:
+            return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+        except OSError as error:
+            raise JaxptmError(f"{path}: cannot be read: {error.strerror}.") from error
+    with reachable(out):
+        fs, root = _file_system(out)
+        fs.invalidate_cache()
+        path = f"{root}/{name}"
+        return fs.cat_file(path).decode("utf-8", errors="replace") if fs.exists(path) else None
+
+
 @contextmanager
 def reachable(url: str) -> Iterator[None]:
     """Says in a sentence what a bucket refuses; each driver raises its own kinds."""

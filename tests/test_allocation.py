@@ -13,7 +13,8 @@ from jaxptm.allocation import keep_freed_memory
 
 PAGE = resource.getpagesize()
 COUNT_FAULTS = """
-import resource, sys
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would make few faults of many
 if sys.argv[1] == "kept":
     from jaxptm.allocation import keep_freed_memory
     assert keep_freed_memory()

@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def first_batches(config: TrainConfig) -> list[dict[str, np.ndarray]]:
     run = open_run(resolve(config))
-    return list(batches(run.train, config.train.batch_size, 0, STEPS))
+    return list(batches(run.train, config.train.batch_size, 1, STEPS))
 
 
 def assert_it_adds_up(figures: dict[str, Any], config: TrainConfig) -> None:
@@ -47,7 +47,6 @@ def assert_it_adds_up(figures: dict[str, Any], config: TrainConfig) -> None:
     ceiling = figures["ceiling_flops"] * len(figures["devices"])
     assert figures["utilisation"] == pytest.approx(flops / figures["step_seconds"] / ceiling)
     assert figures["compute_utilisation"] == pytest.approx(flops / compute / ceiling)
-    assert all(each["compile_seconds"] > each["step_seconds"] > 0 for each in shapes)
     assert figures["input_seconds"] > 0 and figures["pipeline_seconds"] > 0
     assert not (Path(config.out) / "checkpoints").exists() and not (Path(config.out) / "metrics.jsonl").exists()
     said = summary(figures)
@@ -97,6 +96,20 @@ def test_copies_have_no_plan(home: Path) -> None:
     assert_it_adds_up(figures, config)
     assert figures["memory"]["allocated"] is None and len(figures["devices"]) == 2
     assert "planned" not in summary(figures)
+
+
+def test_electra_divided_among_devices(home: Path) -> None:
+    config = config_of(
+        home,
+        "electra",
+        model={"preset": "electra-tiny", "max_position_embeddings": 32},
+        objective={"name": "replaced-token"},
+        parallel={"data": 2, "fsdp": 2},
+        train__accumulate=2,
+    )
+    figures = benchmark(config, STEPS)
+    assert_it_adds_up(figures, config)
+    assert len(figures["devices"]) == 4
 
 
 def test_no_step_is_refused(home: Path) -> None:

@@ -250,7 +250,7 @@ def test_check_for_errors_reports_once_the_background_save_has_failed(
 
 FULL_DISK = """
 import sys, jax, jax.numpy as jnp
-from jaxptm.checkpoint import Checkpoints, is_better
+from jaxptm.checkpoint import Checkpoints
 from jaxptm.types import JaxptmError, TrainState
 def state(step, size): return TrainState(jnp.int32(step), {"a": jax.random.normal(jax.random.key(0), (size,))}, ())
 with Checkpoints(sys.argv[1], keep=2) as checkpoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("reader")
     for name, (preset, task) in MODELS.items():
         save(name, preset, task, home)
+    pooled = home / "sentence-transformers/all-MiniLM-L6-v2"
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    said = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules]
+    (pooled / "modules.json").write_text(json.dumps(said))
+    (pooled / "1_Pooling").mkdir()
+    (pooled / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
     (home / "configs").symlink_to(ROOT / "configs")
     write_corpus(home / "corpus.txt")
     reviews = [f"{text},{2 + 3 * (number % 2)}" for number, text in enumerate(TEXTS * 6)]

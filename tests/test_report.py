@@ -97,6 +97,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     page = Page(text)
     # The lower loss and the lower error rate are ahead.
     assert page.rows["eval/loss"] == [("2.5", False), ("2.25", True), ("4", False)]
+    assert not any(best for name, row in page.rows.items() if not name.startswith("eval/") for _, best in row)
     assert page.rows["eval/wer"] == [("0.25", True), ("0.5", False), ("0.75", False)]
     assert [value for value, _ in page.rows["tokens_per_second"]] == ["12,346", "12,346", ""]
     assert [value for value, _ in page.rows["parameters"]] == ["11,000,000", "11,000,000", ""]
@@ -123,13 +124,16 @@ def test_one_run_has_all_its_settings(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     out.write_text("old")
-    good, damaged, torn = (write_run(tmp_path / name, rate=1, loss=1, wer=1) for name in ("good", "damaged", "torn"))
+    names = ("good", "damaged", "torn", "half")
+    good, damaged, torn, half = (write_run(tmp_path / name, rate=1, loss=1, wer=1) for name in names)
+    (half / "results.json").write_text('{"step": 3}')
     (damaged / "results.json").write_text('{"step": ')
     (torn / "metrics.jsonl").write_text("nonsense\n")
     (tmp_path / "empty").mkdir()
     for runs, message in (
         ([], "at least one run"),
         ([good, f"{good}/"], "is named twice"),
+        ([good, half], "half: config.yaml or results.json is not what a run writes"),
         ([good, tmp_path / "nowhere"], r"nowhere: is no run directory, it holds no config.yaml"),
         ([good, tmp_path / "empty"], r"empty: is no run directory"),
         ([good, damaged], "damaged: config.yaml or results.json is damaged"),

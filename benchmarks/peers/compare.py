@@ -9,14 +9,17 @@ the median, over the rounds, of the seconds of jaxptm's turn by those of the pee
     python benchmarks/peers/compare.py --check benchmarks/peers/ratios.json [...]
 
 measures again what that file has, as far as the environments are here, and fails where a ratio is more than 15% higher.
+Ratios are one machine's: on another (it says so) they may differ by more.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import json
 import os
+import platform
 import statistics
 import sys
 from pathlib import Path
@@ -35,6 +38,7 @@ class Peer(NamedTuple):
         place: name of its environment; empty for jaxptm's own.
         package: tells whether this Python can take the side; empty where none but its own environment can.
         objectives: that it has.
+        dtypes: of the computation.
         variables: of its process.
     """
 
@@ -42,16 +46,18 @@ class Peer(NamedTuple):
     place: str
     package: str
     objectives: tuple[str, ...]
+    dtypes: tuple[str, ...]
     variables: dict[str, str]
 
 
+BOTH = ("float32", "bfloat16")
 EVERYTHING = tuple({work.objective for work in WORK.values()})
 SIDES = {
-    "jaxptm": Peer("with_jaxptm.py", "", "jaxptm", EVERYTHING, {}),
-    "torch": Peer("with_torch.py", "transformers", "torch", EVERYTHING, {}),
-    "torch compiled": Peer("with_torch.py", "transformers", "torch", EVERYTHING, {"COMPILE": "1"}),
-    "flax": Peer("with_flax.py", "flax", "", ("masked-lm", "causal-lm"), {}),
-    "keras": Peer("with_keras.py", "keras", "keras_hub", ("masked-lm",), {}),
+    "jaxptm": Peer("with_jaxptm.py", "", "jaxptm", EVERYTHING, BOTH, {}),
+    "torch": Peer("with_torch.py", "transformers", "torch", EVERYTHING, BOTH, {}),
+    "torch compiled": Peer("with_torch.py", "transformers", "torch", EVERYTHING, BOTH, {"COMPILE": "1"}),
+    "flax": Peer("with_flax.py", "flax", "", ("masked-lm", "causal-lm"), BOTH[:1], {}),
+    "keras": Peer("with_keras.py", "keras", "keras_hub", ("masked-lm",), BOTH[:1], {}),
 }
 
 
@@ -62,16 +68,29 @@ def python_of(peer: Peer, environments: Path | None) -> str | None:
     return sys.executable if peer.package and importlib.util.find_spec(peer.package) is not None else None
 
 
-def compare(name: str, sides: list[str], environments: Path | None, repeats: int) -> dict[str, Any]:
+def start(name: str, side: str, environments: Path | None, dtype: str) -> Side | None:
+    """A side with its first step taken; None, and a word why, where it cannot take part."""
+    peer = SIDES[side]
+    python = python_of(peer, environments)
+    if python is None or WORK[name].objective not in peer.objectives or dtype not in peer.dtypes:
+        return None
+    print(f"{name}: {side} begins", file=sys.stderr, flush=True)
+    clean = {key: value for key, value in os.environ.items() if key not in ("COMPILE", "DTYPE")}
+    try:
+        return Side(python, peer.script, name, clean | peer.variables | {"DTYPE": dtype})
+    except RuntimeError as error:
+        print(f"{name}: {side} is left out: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def compare(name: str, sides: list[str], environments: Path | None, repeats: int, dtype: str) -> dict[str, Any]:
     """What each side of one kind of work took, and the ratios of jaxptm to the others."""
-    running: dict[str, Side] = {}
-    for side in sides:
-        peer = SIDES[side]
-        python = python_of(peer, environments)
-        if python is None or WORK[name].objective not in peer.objectives:
-            continue
-        print(f"{name}: {side} begins", file=sys.stderr, flush=True)
-        running[side] = Side(python, peer.script, name, os.environ | peer.variables)
+    running = {side: process for side in sides if (process := start(name, side, environments, dtype)) is not None}
+    devices = {side: process.about["device"] for side, process in running.items()}
+    if "jaxptm" not in running or len(set(devices.values())) > 1:
+        for process in running.values():
+            process.close()
+        sys.exit(f"{name}: the sides have to run beside jaxptm on one kind of device, and they are on {devices}.")
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in running}
     for _ in range(repeats + 1):
         for side, process in running.items():
@@ -80,7 +99,9 @@ def compare(name: str, sides: list[str], environments: Path | None, repeats: int
     for process in running.values():
         process.close()
     return {
-        "work": WORK[name]._asdict(),
+        "work": WORK[name]._asdict() | {"dtype": dtype},
+        "machine": machine(),
+        "date": f"{datetime.date.today()}",
         "sides": {
             side: process.about
             | {
@@ -98,6 +119,15 @@ def compare(name: str, sides: list[str], environments: Path | None, repeats: int
             if side != "jaxptm"
         },
     }
+
+
+def machine() -> dict[str, Any]:
+    """What ratios depend on besides the versions."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return {"processor": model, "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()}
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -122,11 +152,17 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=BOTH, default="float32")
     parser.add_argument("--check", type=Path)
     arguments = parser.parse_args()
     if (arguments.out is None) == (arguments.check is None):
         parser.error("name the file to write, or the one to --check.")
+    if arguments.check and not arguments.check.is_file():
+        parser.error(f"{arguments.check}: there is no such file; measure it first.")
     committed = json.loads(arguments.check.read_text()) if arguments.check else {}
+    here = machine()
+    for elsewhere in {json.dumps(result["machine"]) for result in committed.values() if result["machine"] != here}:
+        print(f"{arguments.check} was measured on {elsewhere}, this is {json.dumps(here)}", file=sys.stderr)
     measured: dict[str, Any] = {}
     for name in arguments.work:
         if arguments.check and name not in committed:
@@ -134,7 +170,7 @@ def main() -> None:
         sides = ["jaxptm", *(side for side in arguments.sides if side != "jaxptm")]
         if arguments.check:
             sides = [side for side in sides if side in committed[name]["sides"]]
-        measured[name] = compare(name, sides, arguments.environments, arguments.repeats)
+        measured[name] = compare(name, sides, arguments.environments, arguments.repeats, arguments.dtype)
         if arguments.out:
             arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))

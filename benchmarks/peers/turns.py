@@ -15,23 +15,32 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def serve(packages: Sequence[str], parameters: int, step: Callable[[], Any], settle: Callable[[Any], float]) -> None:
+def serve(
+    packages: Sequence[str],
+    device: str,
+    parameters: int,
+    step: Callable[[], Any],
+    settle: Callable[[Any], float],
+) -> None:
     """Takes the first step, says what there is, and then as many steps as each line of standard input asks for.
 
     Args:
         packages: whose versions to tell.
+        device: "cpu", or the kind of the accelerator.
         step: takes one, and returns what `settle` waits for and makes the loss of.
     """
     first = settle(step())
     versions = {name: metadata.version(name) for name in packages}
-    print(json.dumps({"parameters": parameters, "first_loss": first, "versions": versions}), flush=True)
+    print(
+        json.dumps({"device": device, "parameters": parameters, "first_loss": first, "versions": versions}), flush=True
+    )
     for line in sys.stdin:
         began = time.perf_counter()
         for _ in range(int(line)):
             out = step()
         loss = settle(out)
         seconds = (time.perf_counter() - began) / int(line)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
 
 

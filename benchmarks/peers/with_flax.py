@@ -51,7 +51,9 @@ def main() -> None:
         params, moments, key, value = compiled(params, moments, key)
         return value
 
-    serve(("transformers", "jax", "flax", "optax"), parameters, step, float)
+    device = jax.devices()[0]
+    kind = "cpu" if device.platform == "cpu" else device.device_kind
+    serve(("transformers", "jax", "flax", "optax"), kind, parameters, step, float)
 
 
 if __name__ == "__main__":

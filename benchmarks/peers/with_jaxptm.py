@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from turns import serve
-from work import CHARACTERS, CLIP, EPSILON, LEARNING_RATE, MASK, WEIGHT_DECAY, WORK, Work, batch
+from work import CHARACTERS, CLIP, DROPOUTS, EPSILON, LEARNING_RATE, MASK, WEIGHT_DECAY, WORK, Work, batch
 
 from jaxptm.config import (
     CausalLmConfig,
@@ -46,8 +46,11 @@ INPUTS = {
 
 def objective_of(work: Work, execution: Execution) -> Objective:
     family, config = PRESETS[work.preset]
-    if work.objective == "ctc":
-        config = config.model_copy(update={"vocab_size": CHARACTERS})
+    if work.objective in ("contrastive", "ctc"):
+        theirs = {hf_key: ours for ours, hf_key in family.renamed.items()}
+        drops = {theirs.get(name, name): value for name, value in DROPOUTS.items()}
+        assert drops.keys() <= type(config).model_fields.keys()
+        config = config.model_copy(update=drops | ({"vocab_size": CHARACTERS} if work.objective == "ctc" else {}))
     module = family.module(config, work.objective, execution)
     tables = VocabularyTables(*(np.zeros(getattr(config, "vocab_size", 0), bool) for _ in range(2)))
     match work.objective:
@@ -92,7 +95,9 @@ def main() -> None:
         return means["loss"]
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    serve(("jax", "jaxlib", "flax", "optax"), parameters, step, lambda loss: float(loss.value))
+    device = jax.devices()[0]
+    kind = "cpu" if device.platform == "cpu" else device.device_kind
+    serve(("jax", "jaxlib", "flax", "optax"), kind, parameters, step, lambda loss: float(loss.value))
 
 
 if __name__ == "__main__":

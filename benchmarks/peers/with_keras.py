@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 
+import jax
 import keras
 import keras_hub
 import numpy as np
@@ -33,6 +34,7 @@ def main() -> None:
             LEARNING_RATE, weight_decay=WEIGHT_DECAY, epsilon=EPSILON, global_clipnorm=CLIP
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=None,
         jit_compile=True,
     )
     arrays = batch(work)
@@ -45,9 +47,13 @@ def main() -> None:
     labels = np.take_along_axis(arrays["original_ids"], arrays["positions"], 1)
 
     def step() -> Any:
+        model.reset_metrics()  # or the loss would be the mean of all steps
         return model.train_on_batch(inputs, labels)
 
-    serve(("keras", "keras-hub", "jax"), model.count_params(), step, lambda out: float(np.asarray(out).reshape(-1)[0]))
+    device = jax.devices()[0]
+    kind = "cpu" if device.platform == "cpu" else device.device_kind
+    packages = ("keras", "keras-hub", "jax")
+    serve(packages, kind, model.count_params(), step, lambda out: float(np.asarray(out).reshape(-1)[0]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,19 @@ import transformers
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers.models.wav2vec2 import modeling_wav2vec2
 from turns import serve
-from work import CHARACTERS, CLIP, EPSILON, LEARNING_RATE, WEIGHT_DECAY, WORK, Work, batch
+from work import (
+    CHARACTERS,
+    CLIP,
+    DROPOUTS,
+    EPSILON,
+    IGNORED,
+    LEARNING_RATE,
+    MASKS,
+    WEIGHT_DECAY,
+    WORK,
+    Work,
+    batch,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Loss = Callable[[], torch.Tensor]
@@ -46,14 +58,16 @@ def loss_of(work: Work, arrays: dict[str, torch.Tensor]) -> tuple[list[torch.nn.
         case "replaced-token":
             return electra(arrays, attention)
         case "ctc":
-            config = transformers.Wav2Vec2Config(vocab_size=CHARACTERS, ctc_loss_reduction="mean")
+            config = transformers.Wav2Vec2Config(vocab_size=CHARACTERS, ctc_loss_reduction="mean", **DROPOUTS, **MASKS)
             model = prepared(transformers.AutoModelForCTC.from_config(config, **attention))
             return [model], lambda: model(**arrays).loss
         case "contrastive":
-            config = transformers.Wav2Vec2Config()
+            config = transformers.Wav2Vec2Config(**DROPOUTS)
             bare = transformers.AutoModelForPreTraining.from_config(config, **attention)
             frames = int(bare._get_feat_extract_output_lengths(torch.tensor(work.length)))
-            mask = modeling_wav2vec2._compute_mask_indices((work.rows, frames), 0.65, 10)
+            mask = modeling_wav2vec2._compute_mask_indices(
+                (work.rows, frames), MASKS["mask_time_prob"], MASKS["mask_time_length"]
+            )
             negatives = modeling_wav2vec2._sample_negative_indices((work.rows, frames), 100, mask)
             inputs = {
                 "input_values": arrays["input_values"],
@@ -75,7 +89,7 @@ def electra(arrays: dict[str, torch.Tensor], attention: dict[str, str]) -> tuple
     generator.electra.embeddings = discriminator.electra.embeddings
     generator.tie_weights()
     models = [prepared(generator), prepared(discriminator)]
-    masked = arrays["labels"] != -100
+    masked = arrays["labels"] != IGNORED
 
     def loss() -> torch.Tensor:
         inputs = {"attention_mask": arrays["attention_mask"]}
@@ -94,6 +108,7 @@ def electra(arrays: dict[str, torch.Tensor], attention: dict[str, str]) -> tuple
 def main() -> None:
     work = WORK[sys.argv[1]]
     torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - transformers draws masks and negatives from it
     arrays = {
         name: torch.tensor(array, dtype=torch.float32 if array.dtype == np.float32 else torch.int64, device=DEVICE)
         for name, array in batch(work).items()
@@ -112,7 +127,8 @@ def main() -> None:
         adam.zero_grad()
         return value.detach()
 
-    serve(("transformers", "torch"), sum(p.numel() for p in parameters), step, float)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    serve(("transformers", "torch"), device, sum(p.numel() for p in parameters), step, float)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,26 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP, EPSILON = 1e-4, 0.01, 1.0, 1e-8
 """AdamW, with the gradient's global norm clipped."""
 CHARACTERS = 32
 IGNORED = -100
+# wav2vec 2.0, as in fairseq's configs of the base model but for layers left out at random, which one side computes and
+# the other does not: pre-training drops less than CTC does.
+DROPOUTS = {
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.1,
+    "feat_quantizer_dropout": 0.1,
+    "final_dropout": 0.1,
+    "layerdrop": 0.0,
+}
+MASKS = {"mask_time_prob": 0.65, "mask_time_length": 10, "mask_feature_prob": 0.5, "mask_feature_length": 64}
+"""Of ctc, under Hugging Face's names; contrastive has the first two."""
 
 
 class Work(NamedTuple):
     """A training step: dropout on, float32 parameters.
+
+    Each side computes as its users have it: transformers' classes run their language-model heads on all tokens,
+    jaxptm and KerasHub on the masked ones.
 
     Attributes:
         objective: as in jaxptm's configs.
