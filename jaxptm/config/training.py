@@ -57,8 +57,8 @@ class LoopConfig(Config):
     keep: Positive = 2
     """How many of the newest checkpoints stay; the best one stays besides."""
     metric: str = "loss"
-    """The figure of an evaluation that makes a checkpoint the best: the largest; of losses, perplexities, `wer` and `cer`
-    the lowest."""
+    """The figure of an evaluation that makes a checkpoint the best: the largest, but of losses, perplexities, `wer` and
+    `cer` the lowest."""
     patience: Positive | None = None
     """Stop early, after so many evaluations in a row without a better `metric`."""
     export: Literal["last", "best"] = "last"
