@@ -224,10 +224,10 @@ def summary(figures: Mapping[str, Any]) -> str:
             f"{_by(each['shape']):>16}  {each['batches']:>5}  {each['compile_seconds']:>6.1f} s  "
             f"{_milliseconds(each['step_seconds']):>10}  {share:>11.1%}"
         )
-    parts = (f"{_milliseconds(figures[f'{name}_seconds'])} {name}" for name in ("input", "compute", "other"))
+    parts = (f"{name} {_milliseconds(figures[f'{name}_seconds'])}" for name in ("input", "compute", "other"))
     lines += [
         "",
-        f"a step: {_milliseconds(figures['step_seconds'])} = {' + '.join(parts)}",
+        f"a step: {_milliseconds(figures['step_seconds'])} ({', '.join(parts)})",
         f"the input pipeline alone: {_milliseconds(figures['pipeline_seconds'])} a batch",
         *(f"{figures[name]:,.0f} {what} a second" for name, what in rates.items()),
         f"utilisation: {figures['utilisation']:.1%}, by the computation alone {figures['compute_utilisation']:.1%}, of "

@@ -129,8 +129,8 @@ def read_text(out: str, name: str) -> str | None:
     with reachable(out):
         fs, root = _file_system(out)
         fs.invalidate_cache()
-        path = f"{root}/{name}"
-        return fs.cat_file(path).decode("utf-8", errors="replace") if fs.exists(path) else None
+        place = f"{root}/{name}"
+        return fs.cat_file(place).decode("utf-8", errors="replace") if fs.exists(place) else None
 
 
 @contextmanager
