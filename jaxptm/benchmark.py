@@ -130,7 +130,8 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
         state, _ = jax.block_until_ready(updates[shape](state, on_device))
         compile_seconds = time.perf_counter() - began
         state, seconds = _step_seconds(updates[shape], state, on_device, max(1, steps // ROUNDS))
-        flops = 3 * run.objective.flops(math.prod(shape[:-1]), shape[-1])
+        *whole_rows, length = _shape(run, on_device)  # of all hosts
+        flops = 3 * run.objective.flops(math.prod(whole_rows), length)
         timed.append(Timed(shape, count[shape], compile_seconds, seconds, flops, allocated))
         log.info("%s: compiled in %.1f s, %s a step", _by(shape), compile_seconds, _milliseconds(seconds))
 

@@ -42,7 +42,10 @@ class Optimization(NamedTuple):
 
 
 def optimization_of(run: Run, mesh: Mesh) -> Optimization:
-    """All randomness of the run comes from `train.seed`: stream 0 of it makes the parameters, stream 1 the steps."""
+    """The optimizer step that `run.config` describes, over the devices of `mesh`.
+
+    All randomness comes from `train.seed`: stream 0 of it makes the parameters, stream 1 the steps.
+    """
     config = run.config
     key = jax.random.key(config.train.seed)
     init_key, step_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)

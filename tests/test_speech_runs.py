@@ -184,6 +184,14 @@ def test_a_head_keeps_the_vocabulary_that_it_writes_with(home: Path, tmp_path: P
     )
     assert opened(given).tokenizer.characters.ids == ids
     assert evaluate(tmp_path / "model", given) == figures[0]
+    with pytest.raises(JaxptmError, match=r"model: has no vocab\.json, so nobody knows .* name the file in data\.voc"):
+        evaluate(tmp_path / "model", config_of(home, "ctc", "seen"))
+    (tmp_path / "long.json").write_text(json.dumps({token: i for i, token in enumerate([*letters, "X"])}))
+    longer = given.model_copy(
+        update={"data": given.data.model_copy(update={"vocabulary": str(tmp_path / "long.json")})}
+    )
+    with pytest.raises(JaxptmError, match=r"long\.json: has 12 entries, and .* tells 11 apart; name its own"):
+        evaluate(tmp_path / "model", longer)
     (tmp_path / "vocab.json").rename(tmp_path / "model/vocab.json")
     fresh = asked.model_copy(update={"objective": asked.objective.model_copy(update={"new_head": True})})
     assert opened(fresh).tokenizer.characters.ids != ids

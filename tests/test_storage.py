@@ -28,7 +28,7 @@ from jaxptm.config import TrainConfig, load_config
 from jaxptm.directories import prepared_directory
 from jaxptm.evaluation import evaluate
 from jaxptm.metrics import read_metrics
-from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
+from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory, read_text
 from jaxptm.training import train
 from jaxptm.types import JaxptmError
 
@@ -147,6 +147,16 @@ def test_files_and_directories_are_pulled(memory: MemoryFileSystem) -> None:
     memory.rm("/runs", recursive=True)
     mirror.push()  # what was pulled need not go back
     assert not memory.exists("/runs/x")
+
+
+def test_files_are_read_where_they_are(memory: MemoryFileSystem, tmp_path: Path) -> None:
+    memory.pipe_file("/runs/x/config.yaml", b"model: bert-tiny\n")
+    assert read_text("memory://runs/x", "config.yaml") == "model: bert-tiny\n"
+    assert read_text("memory://runs/x", "results.json") is None
+    assert not local_directory("memory://runs/x").exists()  # a run of this machine may be writing there
+    write(tmp_path / "y/config.yaml", "model: bert-mini\n")
+    assert read_text(str(tmp_path / "y"), "config.yaml") == "model: bert-mini\n"
+    assert read_text(str(tmp_path / "y"), "results.json") is None
 
 
 def test_a_local_run_is_its_own_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
