@@ -3,7 +3,7 @@
 Nothing here computes a model. Parameters are counted from their shapes, and activations from what `jax.vjp` of a layer
 keeps, both by tracing alone, so that a changed layer changes the estimate.
 
-What XLA makes of it is modelled, not known. For CPU it compiles steps that hold between 0.8 and 1 times the bytes that
+What XLA makes of it is modelled, not known. For CPU it compiles steps that hold 0.65 to 0.95 times the bytes that
 are estimated here for gradients and activations (tests/test_cost.py); GPU and TPU were not compared. On CPU, `remat`
 without `scan` saves nothing, because XLA computes all layers again before it goes backward through the first.
 """
@@ -154,9 +154,15 @@ def step_cost(
     }[execution.remat]
 
     # Activations, bytes a row: of a layer, what it keeps of them, and what is kept before and after the layers.
-    full = _kept_by_layer(config, replace(execution, remat=False), length, tensor)
-    kept = _kept_by_layer(config, execution, length, tensor)
-    ends = _kept_by_ends(config, task, execution, length, predictions)
+    def by_parts(train: bool) -> tuple[float, float, float]:
+        return (
+            _kept_by_layer(config, replace(execution, remat=False), length, tensor, train),
+            _kept_by_layer(config, execution, length, tensor, train),
+            _kept_by_ends(config, task, execution, length, predictions, train),
+        )
+
+    full, kept, ends = by_parts(train=False)  # without dropout's: XLA draws the masks again
+    full_moved, kept_moved, ends_moved = by_parts(train=True)  # but what it lets through is written and read
     logits = 4.0 * predictions * config.vocab_size / _parts(config.vocab_size, tensor) if has_head else 0.0
     # And what is held for a while: the logits with their gradient; later a layer's gradients, and what it computes
     # again. Gradients take about half of the layer's activations, because each goes when the next is there.
@@ -183,7 +189,7 @@ def step_cost(
             "optimizer": (2 + 3 + 2 * moments * 4 / weights.itemsize) * weights.stored,
             # A product and its two gradients each touch the weights; before that they are cast.
             "weights": accumulate * weights.count * (3 * compute + (weights.itemsize + compute if cast else 0)),
-            "activations": 2 * here * (layers * (full + 0.5 * (full - kept)) + ends + logits),
+            "activations": 2 * here * (layers * (1.5 * full_moved - 0.5 * kept_moved) + ends_moved + logits),
         },
         collectives=_collectives(
             weights, execution, here * sums * config.hidden_size * compute, accumulate, data, fsdp, tensor
@@ -275,13 +281,13 @@ def _parts(entries: int, devices: int) -> int:
 
 
 @cache
-def _kept_by_layer(config: TextConfig, execution: Execution, length: int, tensor: int = 1) -> float:
-    """Bytes a row that one layer keeps for its backward pass.
+def _kept_by_layer(config: TextConfig, execution: Execution, length: int, tensor: int, train: bool) -> float:
+    """Bytes a row that autodiff keeps of one layer for its backward pass, in training with what belongs to dropout.
 
     With `tensor`, whatever has an axis of heads or of the inner width is divided.
     """
     kind = PostNormLayer if config.norm == "post" else PreNormLayer
-    layer = kind(config, execution, True)
+    layer = kind(config, execution, train)
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
     def residuals(rows: int) -> Any:
@@ -304,7 +310,9 @@ def _kept_by_layer(config: TextConfig, execution: Execution, length: int, tensor
 
 
 @cache
-def _kept_by_ends(config: TextConfig, task: str | None, execution: Execution, length: int, predictions: int) -> float:
+def _kept_by_ends(
+    config: TextConfig, task: str | None, execution: Execution, length: int, predictions: int, train: bool
+) -> float:
     """Bytes a row that embeddings and heads keep for their backward pass: a model of one layer, less the layer."""
     execution = replace(execution, scan=False, remat=False)
     module = TextModel(config.model_copy(update={"num_hidden_layers": 1}), task, execution)
@@ -313,7 +321,7 @@ def _kept_by_ends(config: TextConfig, task: str | None, execution: Execution, le
         def keep(key: Array, ids: Array, positions: Array) -> Any:
             def apply(variables: Params) -> Any:
                 return module.apply(
-                    variables, ids, ids, ids, mlm_positions=positions, train=True, rngs={"dropout": key}
+                    variables, ids, ids, ids, mlm_positions=positions, train=train, rngs={"dropout": key}
                 )
 
             return jax.vjp(apply, module.init({"params": key, "dropout": key}, ids))[1]
@@ -321,7 +329,7 @@ def _kept_by_ends(config: TextConfig, task: str | None, execution: Execution, le
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         return jax.eval_shape(keep, _key(), ids, jax.ShapeDtypeStruct((rows, predictions), jnp.int32))
 
-    return _bytes_a_row(residuals, lambda shape: 1) - _kept_by_layer(config, execution, length)
+    return _bytes_a_row(residuals, lambda shape: 1) - _kept_by_layer(config, execution, length, 1, train)
 
 
 def _key() -> Any:

@@ -87,9 +87,8 @@ def lowered(config: BertConfig, execution: Execution, rows: int, length: int, pr
     return jax.jit(function).lower(abstract_params(module), ids, positions)
 
 
-# XLA counts elementwise work as well, one operation an element and operator: norms, softmax, gelu and the random bits
-# of dropout come to some hundred operations a value of the width, where the products take 24 times the width. In the
-# gradient their share is smaller, because the random bits are drawn once.
+# XLA counts elementwise work as well, one operation an element and operator: norms, softmax, gelu and the masks of
+# dropout come to some ten operations a value of the width, where the products take 24 times the width.
 def test_flops_of_a_forward_pass_are_those_that_xla_counts() -> None:
     config = sizes(2, 512, 2000)
     cost = step_cost(config, "pretraining", Execution(), rows=2, length=192, predictions=10)
@@ -120,20 +119,21 @@ MEMORY = [
     # layers, width, vocabulary, rows, length, predictions, remat
     (4, 128, 2000, 8, 512, 77, True),  # mostly attention weights
     (3, 256, 2000, 32, 128, 20, "dots"),
+    (3, 256, 2000, 8, 384, 77, False),
 ]
 
 
 @pytest.mark.parametrize(("layers", "width", "vocabulary", "rows", "length", "predictions", "remat"), MEMORY)
-def test_memory_of_a_step_that_recomputes_is_near_what_xla_allocates(
+def test_memory_of_a_step_with_dropout_is_near_what_xla_allocates(
     layers: int, width: int, vocabulary: int, rows: int, length: int, predictions: int, remat: Any
 ) -> None:
-    dropout = NO_DROPOUT if remat == "dots" else {}
-    config, execution = sizes(layers, width, vocabulary, **dropout), Execution(remat=remat, scan=True)
+    config, execution = sizes(layers, width, vocabulary), Execution(remat=remat, scan=bool(remat))
     shape = {"rows": rows, "length": length, "predictions": predictions}
     memory = compiled_step(config, execution, **shape, task="masked-lm").memory_analysis()
     cost = step_cost(config, "masked-lm", execution, **shape, moments=0)
     assert memory.argument_size_in_bytes == pytest.approx(cost.parameters, rel=0.05)
-    assert 0.8 < (cost.gradients + cost.activations) / memory.temp_size_in_bytes < 1.5
+    # What is cheap, XLA computes again and does not keep.
+    assert 0.8 < (cost.gradients + cost.activations) / memory.temp_size_in_bytes < 1.6
 
 
 def test_data_parallel_steps_sum_their_gradients_once() -> None:

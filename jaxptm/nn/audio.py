@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.convolution import grouped_convolution
-from jaxptm.nn.core import ACTIVATIONS, Execution, Transformer, layer_norm, linear, visible_keys
+from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, Transformer, layer_norm, linear, visible_keys
 from jaxptm.nn.heads import Classifier, ContrastiveHead, FrameClassifier
 from jaxptm.nn.model import PretrainedModule
 from jaxptm.types import Array
@@ -128,7 +128,7 @@ class AudioEmbeddings(nn.Module):
         convolved = FeatureEncoder(config, execution, name="feature_encoder")(input_values)
         extracted = layer_norm(config, execution, "feature_norm")(convolved)
         x = linear(execution, config.hidden_size, "feature_projection")(extracted)
-        x = nn.Dropout(config.feat_proj_dropout, deterministic=not train)(x)
+        x = Dropout(config.feat_proj_dropout)(x, train=train)
         if mask_time_indices is not None and mask_embedding is not None:
             x = jnp.where(mask_time_indices[..., None], mask_embedding.astype(x.dtype)[None, None], x)
         if mask_feature_indices is not None:
@@ -138,7 +138,7 @@ class AudioEmbeddings(nn.Module):
         x += ConvPositions(config, execution, name="positions")(x)
         if config.norm == "post":
             x = layer_norm(config, execution, "norm")(x)
-        return Frames(nn.Dropout(config.hidden_dropout_prob, deterministic=not train)(x), convolved, extracted)
+        return Frames(Dropout(config.hidden_dropout_prob)(x, train=train), convolved, extracted)
 
 
 class AudioModel(PretrainedModule):
@@ -240,7 +240,7 @@ class AudioModel(PretrainedModule):
                 )
                 out = contrast(
                     targets,
-                    nn.Dropout(config.feat_quantizer_dropout, deterministic=not train)(features),
+                    Dropout(config.feat_quantizer_dropout)(features, train=train),
                     target_weights,
                     temperature=temperature,
                     noise=gumbel_noise,

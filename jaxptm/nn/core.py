@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 
 from jaxptm.config import Config, Positive, Share
+from jaxptm.ops.dropout import dropout
 from jaxptm.types import Array, Params
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -131,6 +132,15 @@ def visible_keys(
     return reduce(jnp.logical_and, parts) if parts else None
 
 
+class Dropout(nn.Module):
+    """In training, drops a share `rate` of the elements by the rng `dropout` (see `ops.dropout`)."""
+
+    rate: float
+
+    def __call__(self, x: Float[Array, "B ..."], *, train: bool) -> Float[Array, "B ..."]:
+        return dropout(x, self.make_rng("dropout"), self.rate) if train and self.rate else x
+
+
 class Layer(nn.Module):
     """What the two kinds of layer share: their parts, by name. Given a cache, a layer also returns it filled up."""
 
@@ -145,7 +155,7 @@ class Layer(nn.Module):
         return layer_norm(self.config, self.execution, name)
 
     def dropout(self, x: Array) -> Array:
-        return nn.Dropout(self.config.hidden_dropout_prob, deterministic=not self.train)(x)
+        return Dropout(self.config.hidden_dropout_prob)(x, train=self.train)
 
     def attention(
         self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None
@@ -203,7 +213,7 @@ class Attention(Layer):
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = nn.softmax(scores).astype(self.execution.dtype)
-        weights = nn.Dropout(self.config.attention_probs_dropout_prob, deterministic=not self.train)(weights)
+        weights = Dropout(self.config.attention_probs_dropout_prob)(weights, train=self.train)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
         return dense(self.config, self.execution, self.config.hidden_size, "output", residual=True)(mixed), cache
 
@@ -216,7 +226,7 @@ class Mlp(Layer):
         up = self.dense(self.config.intermediate_size, "up")
         down = dense(self.config, self.execution, self.config.hidden_size, "down", residual=True)
         inner = ACTIVATIONS[self.config.hidden_act](up(x))
-        return down(nn.Dropout(self.config.activation_dropout, deterministic=not self.train)(inner))
+        return down(Dropout(self.config.activation_dropout)(inner, train=self.train))
 
 
 class Transformer(nn.Module):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from jaxptm.nn.core import ACTIVATIONS, Execution, TransformerConfig, dense, layer_norm, linear
+from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, TransformerConfig, dense, layer_norm, linear
 from jaxptm.nn.quantizer import GumbelQuantizer, perplexity
 from jaxptm.types import Array
 
@@ -23,7 +23,7 @@ class Pooler(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "B L D"], *, train: bool) -> Float[Array, "B D"]:
-        first = nn.Dropout(self.dropout, deterministic=not train)(hidden[:, 0])
+        first = Dropout(self.dropout)(hidden[:, 0], train=train)
         x = dense(self.config, self.execution, self.config.hidden_size, "dense")(first)
         return ACTIVATIONS[self.activation](x)
 
@@ -92,7 +92,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "*R D"], *, train: bool) -> Float[Array, "*R K"]:
-        x = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        x = Dropout(self.dropout)(hidden, train=train)
         return dense(self.config, self.execution, self.labels, "dense", use_bias=self.use_bias)(x).astype(jnp.float32)
 
 

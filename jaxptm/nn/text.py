@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 
 from jaxptm.config import Positive, Share
-from jaxptm.nn.core import Cache, Execution, Transformer, dense, layer_norm, visible_keys
+from jaxptm.nn.core import Cache, Dropout, Execution, Transformer, dense, layer_norm, visible_keys
 from jaxptm.nn.heads import CausalLmHead, Classifier, MlmHead, Pooler, ReplacedTokenHead
 from jaxptm.nn.model import ModelConfig, PretrainedModule
 from jaxptm.types import Array, JaxptmError
@@ -190,7 +190,7 @@ class TextEmbeddings(nn.Module):
         if self.config.embedding_norm:
             self.norm = layer_norm(self.config, self.execution, None)
         rate = self.config.embedding_dropout_prob
-        self.dropout = nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
+        self.dropout = Dropout(self.config.hidden_dropout_prob if rate is None else rate)
 
     @property
     def table(self) -> Float[Array, "V E"]:
@@ -209,7 +209,7 @@ class TextEmbeddings(nn.Module):
             x += self.token_type(token_type_ids)
         x += self.position(position_ids)
         x = self.norm(x) if self.config.embedding_norm else x.astype(self.execution.dtype)
-        return self.dropout(x, deterministic=not train)
+        return self.dropout(x, train=train)
 
 
 class TextModel(PretrainedModule):
