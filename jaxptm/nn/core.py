@@ -199,7 +199,7 @@ class Attention(Layer):
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
         heads = self.config.num_attention_heads
         width = self.config.hidden_size // heads
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # once: the three products keep it for their gradients
         query, key, value = (
             self.dense(self.config.hidden_size, name)(rows).reshape(*x.shape[:2], heads, width)
             for name in ("query", "key", "value")
