@@ -337,12 +337,12 @@ def _key() -> Any:
 
 
 def _bytes_a_row(residuals: Callable[[int], Any], parts: Callable[[tuple[int, ...]], int]) -> float:
-    """Bytes that a second row adds; weights, which every row shares, cancel."""
+    """Bytes that a second row adds; weights, which every row shares, cancel, and masks XLA makes again."""
     one, two = (jax.tree.leaves(residuals(rows)) for rows in (1, 2))
     return math.fsum(
         (b.size - a.size) * b.dtype.itemsize / parts(b.shape)
         for a, b in zip(one, two, strict=True)
-        if not jnp.issubdtype(b.dtype, jax.dtypes.prng_key)
+        if not jnp.issubdtype(b.dtype, jax.dtypes.prng_key) and b.dtype != jnp.bool_
     )
 
 

@@ -133,7 +133,7 @@ def test_memory_of_a_step_with_dropout_is_near_what_xla_allocates(
     cost = step_cost(config, "masked-lm", execution, **shape, moments=0)
     assert memory.argument_size_in_bytes == pytest.approx(cost.parameters, rel=0.05)
     # What is cheap, XLA computes again and does not keep.
-    assert 0.8 < (cost.gradients + cost.activations) / memory.temp_size_in_bytes < 1.6
+    assert 0.8 < (cost.gradients + cost.activations) / memory.temp_size_in_bytes < 1.5
 
 
 def test_data_parallel_steps_sum_their_gradients_once() -> None:
