@@ -1,6 +1,7 @@
 """Training steps of jaxptm and of its peers: the same work, in turns, on one machine.
 
-    python benchmarks/peers/compare.py OUT.json [--environments DIR] [--sides SIDE ...] [--work WORK ...] [--repeats R]
+    python benchmarks/peers/compare.py OUT.json [--environments DIR] [--sides SIDE ...] [--work WORK ...] \
+        [--repeats R] [--rows ROWS] [--steps S] [--dtype bfloat16]
 
 Run it with jaxptm's own Python; `environments.py` makes DIR. Without it, only what this Python can import takes part.
 Each side is a process that holds its model and steps when it is told to, so that one computes at a time. A ratio is
@@ -68,24 +69,27 @@ def python_of(peer: Peer, environments: Path | None) -> str | None:
     return sys.executable if peer.package and importlib.util.find_spec(peer.package) is not None else None
 
 
-def start(name: str, side: str, environments: Path | None, dtype: str) -> Side | None:
+def start(name: str, side: str, environments: Path | None, rows: int, dtype: str) -> Side | None:
     """A side with its first step taken; None, and a word why, where it cannot take part."""
     peer = SIDES[side]
     python = python_of(peer, environments)
     if python is None or WORK[name].objective not in peer.objectives or dtype not in peer.dtypes:
         return None
     print(f"{name}: {side} begins", file=sys.stderr, flush=True)
-    clean = {key: value for key, value in os.environ.items() if key not in ("COMPILE", "DTYPE")}
+    clean = {key: value for key, value in os.environ.items() if key != "COMPILE"}
+    settings = {"DTYPE": dtype, "ROWS": str(rows)}
     try:
-        return Side(python, peer.script, name, clean | peer.variables | {"DTYPE": dtype})
+        return Side(python, peer.script, name, clean | peer.variables | settings)
     except RuntimeError as error:
         print(f"{name}: {side} is left out: {error}", file=sys.stderr, flush=True)
         return None
 
 
-def compare(name: str, sides: list[str], environments: Path | None, repeats: int, dtype: str) -> dict[str, Any]:
+def compare(
+    name: str, sides: list[str], environments: Path | None, repeats: int, steps: int, rows: int, dtype: str
+) -> dict[str, Any]:
     """What each side of one kind of work took, and the ratios of jaxptm to the others."""
-    running = {side: process for side in sides if (process := start(name, side, environments, dtype)) is not None}
+    running = {side: process for side in sides if (process := start(name, side, environments, rows, dtype)) is not None}
     devices = {side: process.about["device"] for side, process in running.items()}
     if "jaxptm" not in running or len(set(devices.values())) > 1:
         for process in running.values():
@@ -94,12 +98,12 @@ def compare(name: str, sides: list[str], environments: Path | None, repeats: int
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in running}
     for _ in range(repeats + 1):
         for side, process in running.items():
-            turns[side].append(process.steps(1))
+            turns[side].append(process.steps(steps))
     seconds = {side: [turn["seconds"] for turn in taken[1:]] for side, taken in turns.items()}  # the first warms up
     for process in running.values():
         process.close()
     return {
-        "work": WORK[name]._asdict() | {"dtype": dtype},
+        "work": WORK[name]._asdict() | {"rows": rows, "dtype": dtype},
         "machine": machine(),
         "date": f"{datetime.date.today()}",
         "sides": {
@@ -152,6 +156,8 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, help="of a batch; default those of the work, which suit a CPU")
+    parser.add_argument("--steps", type=int, default=1, help="in a turn; one is little where a step takes milliseconds")
     parser.add_argument("--dtype", choices=BOTH, default="float32")
     parser.add_argument("--check", type=Path)
     arguments = parser.parse_args()
@@ -170,7 +176,15 @@ def main() -> None:
         sides = ["jaxptm", *(side for side in arguments.sides if side != "jaxptm")]
         if arguments.check:
             sides = [side for side in sides if side in committed[name]["sides"]]
-        measured[name] = compare(name, sides, arguments.environments, arguments.repeats, arguments.dtype)
+        measured[name] = compare(
+            name,
+            sides,
+            arguments.environments,
+            arguments.repeats,
+            arguments.steps,
+            arguments.rows or WORK[name].rows,
+            arguments.dtype,
+        )
         if arguments.out:
             arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))

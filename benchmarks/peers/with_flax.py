@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 import transformers
 from turns import serve
-from work import CLIP, EPSILON, IGNORED, LEARNING_RATE, WEIGHT_DECAY, WORK, batch
+from work import CLIP, EPSILON, IGNORED, LEARNING_RATE, WEIGHT_DECAY, batch, named
 
 
 def main() -> None:
-    work = WORK[sys.argv[1]]
+    work = named(sys.argv[1])
     kinds = {
         "masked-lm": (transformers.FlaxBertForMaskedLM, transformers.BertConfig),
         "causal-lm": (transformers.FlaxGPT2LMHeadModel, transformers.GPT2Config),

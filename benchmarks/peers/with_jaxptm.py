@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from turns import serve
-from work import CHARACTERS, CLIP, DROPOUTS, EPSILON, LEARNING_RATE, MASK, WEIGHT_DECAY, WORK, Work, batch
+from work import CHARACTERS, CLIP, DROPOUTS, EPSILON, LEARNING_RATE, MASK, WEIGHT_DECAY, Work, batch, named
 
 from jaxptm.config import (
     CausalLmConfig,
@@ -70,7 +70,7 @@ def objective_of(work: Work, execution: Execution) -> Objective:
 
 
 def main() -> None:
-    work = WORK[sys.argv[1]]
+    work = named(sys.argv[1])
     execution = Execution(dtype=jnp.dtype(os.environ.get("DTYPE", "float32")))
     objective = objective_of(work, execution)
     layout = ParallelConfig(data=1)

@@ -13,11 +13,11 @@ import keras
 import keras_hub
 import numpy as np
 from turns import serve
-from work import CLIP, EPSILON, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY, WORK, batch
+from work import CLIP, EPSILON, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY, batch, named
 
 
 def main() -> None:
-    work = WORK[sys.argv[1]]
+    work = named(sys.argv[1])
     assert work.objective == "masked-lm", "KerasHub has a masked LM alone"
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=VOCABULARY,

@@ -27,9 +27,9 @@ from work import (
     LEARNING_RATE,
     MASKS,
     WEIGHT_DECAY,
-    WORK,
     Work,
     batch,
+    named,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +106,7 @@ def electra(arrays: dict[str, torch.Tensor], attention: dict[str, str]) -> tuple
 
 
 def main() -> None:
-    work = WORK[sys.argv[1]]
+    work = named(sys.argv[1])
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - transformers draws masks and negatives from it
     arrays = {

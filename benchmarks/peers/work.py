@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,12 @@ WORK = {
     "wav2vec2-base-contrastive": Work("contrastive", "wav2vec2-base", 2, 80_000),
     "wav2vec2-base-ctc": Work("ctc", "wav2vec2-base", 2, 80_000),
 }
+
+
+def named(name: str) -> Work:
+    """The work of that name, with as many rows as ROWS in the environment says."""
+    work = WORK[name]
+    return work._replace(rows=int(os.environ.get("ROWS", work.rows)))
 
 
 def batch(work: Work) -> dict[str, np.ndarray]:
