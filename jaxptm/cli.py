@@ -306,28 +306,31 @@ def prepare(
 @app.command()
 @_reported
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model directory, a hub name, or a run directory.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A model directory, a hub name, a run, or an original checkpoint.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
     to: Annotated[
         str, typer.Option(help="hf: config.json and safetensors; orbax: parameters as an Orbax checkpoint.")
     ] = "hf",
     step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; default the newest.")] = None,
-    part: Annotated[str, typer.Option(help="Of an ELECTRA run: model (the discriminator) or generator.")] = "model",
+    part: Annotated[str, typer.Option(help="Of an ELECTRA: model (the discriminator) or generator.")] = "model",
+    check: Annotated[bool, typer.Option("--check", help="Run it beside transformers first; needs torch.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write every tensor's shape, type and checksum there.")] = None,
 ) -> None:
-    """Convert weights between Hugging Face directories, Orbax, and the checkpoints of a run."""
-    from jaxptm.pretrained import from_pretrained
-    from jaxptm.storage import is_remote
-    from jaxptm.training import restore_model
+    """Convert weights between Hugging Face directories, Orbax and the checkpoints of a run; read those of others.
 
-    if to not in ("hf", "orbax"):
-        raise JaxptmError(f"--to {to}: write hf or orbax.")
-    is_run = is_remote(source) or (Path(source) / "checkpoints").is_dir()
-    for name, given in (("step", step is not None), ("part", part != "model")):
-        if given and not is_run:
-            raise JaxptmError(f"--{name} is for run directories; {source} holds no checkpoints/.")
-    model = restore_model(source, step, part) if is_run else from_pretrained(source, "auto")
-    (model.save_pretrained if to == "hf" else model.save_orbax)(target)
+    The others are Google's BERT and ELECTRA (TensorFlow), as `model.ckpt` or the directory of one, and fairseq's
+    wav2vec 2.0 (a .pt file).
+    """
+    from jaxptm.conversion import TOLERANCE, convert
+
+    model, differences = convert(source, target, to, step=step, part=part, checked=check, report=report)
+    for name, difference in (differences or {}).items():
+        print(f"{name}: {difference:.1e} of the largest value from transformers' (at most {TOLERANCE:.0e})")
     print(f"{target}: {model.family.architectures[model.task]}, {to}")
+    if report is not None:
+        print(f"{report}: the report")
 
 
 @app.command()

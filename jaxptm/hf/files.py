@@ -195,13 +195,13 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
     try:
         # weights_only: tensors are rebuilt, no code of the file runs.
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: _from_torch(tensor.detach()) for name, tensor in tensors.items()}
+        return {name: from_torch(tensor.detach()) for name, tensor in tensors.items()}
     except Exception as error:  # torch raises many kinds here: pickle, zip, runtime and attribute errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JaxptmError(f"{file}: is no checkpoint of plain tensors ({reason}); download it again.") from error
 
 
-def _from_torch(tensor: Any) -> np.ndarray:
+def from_torch(tensor: Any) -> np.ndarray:
     import ml_dtypes
     import torch
 

@@ -1,0 +1,233 @@
+"""fairseq's wav2vec 2.0: models of transformers under fairseq's names come back bit for bit, and run as they did."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from jaxptm.conversion import convert
+from jaxptm.original.fairseq import convolutions
+from jaxptm.pretrained import from_pretrained
+from jaxptm.types import JaxptmError
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [8, 8, 12],
+    "conv_kernel": [10, 3, 2],
+    "conv_stride": [5, 2, 2],
+    "num_conv_pos_embeddings": 6,
+    "num_conv_pos_embedding_groups": 2,
+    "num_codevector_groups": 2,
+    "num_codevectors_per_group": 5,
+    "codevector_dim": 14,
+    "proj_codevector_dim": 10,
+    "layerdrop": 0.05,
+    "hidden_dropout": 0.11,
+    "attention_dropout": 0.12,
+    "activation_dropout": 0.13,
+    "feat_proj_dropout": 0.14,
+    "feat_quantizer_dropout": 0.15,
+}
+STYLES: dict[str, dict[str, Any]] = {
+    "base": {"feat_extract_norm": "group", "conv_bias": False, "do_stable_layer_norm": False},
+    "large": {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True},
+}
+LETTERS = "| E T A O N".split()
+
+
+def made(task: str, style: str) -> Any:
+    kind = {"ctc": transformers.Wav2Vec2ForCTC, "contrastive": transformers.Wav2Vec2ForPreTraining}[task]
+    torch.manual_seed(0)
+    vocabulary = {"vocab_size": 4 + len(LETTERS)} if task == "ctc" else {}
+    model = kind(transformers.Wav2Vec2Config(**SIZES, **STYLES[style], **vocabulary)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def fairseq_name(name: str, layer_norms: bool) -> str:
+    """The name in fairseq's Wav2Vec2Model (models/wav2vec/wav2vec2.py) of a parameter of transformers."""
+    parts = name.split(".")
+    match parts:
+        case ["wav2vec2", "masked_spec_embed"]:
+            return "mask_emb"
+        case ["wav2vec2", "feature_extractor", _, index, "conv", leaf]:
+            return f"feature_extractor.conv_layers.{index}.0.{leaf}"
+        case ["wav2vec2", "feature_extractor", _, index, "layer_norm", leaf]:
+            return f"feature_extractor.conv_layers.{index}.2.{'1.' if layer_norms else ''}{leaf}"
+        case ["wav2vec2", "feature_projection", "layer_norm", leaf]:
+            return f"layer_norm.{leaf}"
+        case ["wav2vec2", "feature_projection", "projection", leaf]:
+            return f"post_extract_proj.{leaf}"
+        case ["wav2vec2", "encoder", "pos_conv_embed", "conv", *rest]:
+            last = {"original0": "weight_g", "original1": "weight_v", "bias": "bias"}[rest[-1]]
+            return f"encoder.pos_conv.0.{last}"
+        case ["wav2vec2", "encoder", "layer_norm", leaf]:
+            return f"encoder.layer_norm.{leaf}"
+        case ["wav2vec2", "encoder", "layers", index, *rest]:
+            inner = {
+                "attention": "self_attn",
+                "layer_norm": "self_attn_layer_norm",
+                "final_layer_norm": "final_layer_norm",
+                "intermediate_dense": "fc1",
+                "output_dense": "fc2",
+            }
+            rest = rest[1:] if rest[0] == "feed_forward" else rest
+            return ".".join(["encoder", "layers", index, inner[rest[0]], *rest[1:]])
+        case ["quantizer", "codevectors"]:
+            return "quantizer.vars"
+        case ["project_hid", leaf]:
+            return f"final_proj.{leaf}"
+        case ["lm_head", leaf]:
+            return f"proj.{leaf}"
+    return name
+
+
+def settings(style: str) -> dict[str, Any]:
+    """fairseq's Wav2Vec2Config of `SIZES`."""
+    return {
+        "_name": "wav2vec2",
+        "extractor_mode": "layer_norm" if style == "large" else "default",
+        "encoder_layers": 2,
+        "encoder_embed_dim": 32,
+        "encoder_ffn_embed_dim": 48,
+        "encoder_attention_heads": 4,
+        "activation_fn": "gelu",
+        "dropout": 0.11,
+        "attention_dropout": 0.12,
+        "activation_dropout": 0.13,
+        "encoder_layerdrop": 0.05,
+        "dropout_input": 0.14,
+        "dropout_features": 0.15,
+        "final_dim": 10,
+        "layer_norm_first": style == "large",
+        "conv_feature_layers": "[(8, 10, 5)] + [(8, 3, 2)] + [(12, 2, 2)] * 1",
+        "conv_bias": style == "large",
+        "conv_pos": 6,
+        "conv_pos_groups": 2,
+        "latent_vars": 5,
+        "latent_groups": 2,
+        "latent_dim": 14,
+        "quantize_input": False,
+        "same_quantizer": False,
+        "target_glu": False,
+    }
+
+
+def checkpoint(path: Path, task: str, style: str, *, hydra: bool = True, **changed: Any) -> Any:
+    """Writes what fairseq would save of a model of transformers, and returns that."""
+    model = made(task, style)
+    tensors = {fairseq_name(name, style == "large"): value.detach() for name, value in model.named_parameters()}
+    arguments = settings(style) | changed
+    if task == "ctc":
+        tensors = {
+            f"w2v_encoder.{name}" if name.startswith("proj.") else f"w2v_encoder.w2v_model.{name}": value
+            for name, value in tensors.items()
+        }
+        inner: Any = {"model": arguments, "task": {}} if hydra else argparse.Namespace(**arguments)
+        # What fine-tuning sets anew; the encoder's own dropouts are those of pre-training.
+        inner_free = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_input": 0.0}
+        if hydra:
+            inner["model"] = arguments | inner_free
+        arguments = {
+            "_name": "wav2vec_ctc",
+            "w2v_args": inner,
+            "dropout": 0.11,
+            "attention_dropout": 0.12,
+            "activation_dropout": 0.13,
+            "dropout_input": 0.14,
+            "layerdrop": 0.05,
+        }
+        (path.parent / "dict.ltr.txt").write_text("".join(f"{letter} {9 - at}\n" for at, letter in enumerate(LETTERS)))
+    task_settings = {"normalize": style == "large"}
+    said = {"cfg": {"model": arguments, "task": task_settings}, "args": None}
+    if not hydra:
+        said = {"args": argparse.Namespace(**arguments, **task_settings)}
+    torch.save({"model": tensors, "optimizer_history": [{"num_updates": 3}], "extra_state": {}, **said}, path)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("task", "style", "hydra"),
+    [("contrastive", "base", True), ("contrastive", "large", False), ("ctc", "base", False), ("ctc", "large", True)],
+)
+def test_wav2vec2(task: str, style: str, hydra: bool, tmp_path: Path) -> None:
+    theirs = checkpoint(tmp_path / "wav2vec_small.pt", task, style, hydra=hydra)
+    model, differences = convert(str(tmp_path / "wav2vec_small.pt"), tmp_path / "hf", checked=True)
+    assert model.task == task and differences and max(differences.values()) < 2e-5
+    ours = type(theirs).from_pretrained(tmp_path / "hf")
+    for name, parameter in theirs.named_parameters():
+        assert (ours.get_parameter(name) == parameter).all(), name
+    for key, value in (SIZES | STYLES[style]).items():
+        if task == "contrastive" or "code" not in key:
+            assert getattr(ours.config, key) == value, key
+    heard = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
+    assert (heard.do_normalize, heard.return_attention_mask) == (style == "large", style == "large")
+    if task == "ctc":
+        said = json.loads((tmp_path / "hf" / "vocab.json").read_text())
+        assert said == {s: i for i, s in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
+        assert from_pretrained(tmp_path / "hf", "auto").config.pad_token_id == 0
+
+
+class Foreign:
+    """What a checkpoint must not bring along."""
+
+
+def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, target = tmp_path / "w2v.pt", tmp_path / "hf"
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(JaxptmError, match=message):
+            convert(str(path), target, **options)
+        assert not target.exists()
+
+    checkpoint(path, "contrastive", "base")
+    refused("--part generator is for ELECTRA", part="generator")
+    whole = torch.load(path, weights_only=True)
+    torch.save(whole | {"model": {**whole["model"], "target_glu.0.weight": torch.zeros(2)}}, path)
+    refused(r"w2v\.pt: 1 weight.*\n.*unexpected target_glu\.0\.weight \[2\]")
+    torch.save(whole | {"cfg": None}, path)
+    refused("says nothing of its model under `cfg` or `args`")
+    torch.save(whole | {"cfg": {"model": {"extractor_mode": "default"}}}, path)
+    refused("its settings lack 'encoder_layers'")
+    torch.save(whole | {"cfg": Foreign()}, path)
+    refused("no checkpoint of tensors and plain settings.*Where fairseq is installed, load it")
+    path.write_bytes(path.read_bytes()[:500])
+    refused("or is damaged")
+    torch.save({"weights": 1}, path)
+    refused("holds no `model`; it is no checkpoint of fairseq")
+    checkpoint(path, "contrastive", "base", target_glu=True)
+    refused("`target_glu: True` is not supported, only False")
+    checkpoint(path, "contrastive", "base", conv_feature_layers="__import__('os').getcwd()")
+    refused("`conv_feature_layers` is .*no list of convolutions")
+    checkpoint(path, "ctc", "base")
+    (tmp_path / "dict.ltr.txt").write_text("| 1\n")
+    refused(r"dict\.ltr\.txt: has 1 letters, which with 4 special ones make 5; the head has 10 outputs")
+    (tmp_path / "dict.ltr.txt").unlink()
+    with caplog.at_level(logging.WARNING, "jaxptm"):
+        convert(str(path), target)
+    assert "the model comes without its letters" in caplog.text
+
+
+def test_convolutions_are_read_and_not_run() -> None:
+    assert convolutions("[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] * 2") == [
+        (512, 10, 5),
+        *[(512, 3, 2)] * 4,
+        *[(512, 2, 2)] * 2,
+    ]
+    for wrong in ("[]", "[(1, 2)]", "[(1, 2, 3.0)]", "5", "print(1)", "[(1, 2, 3)] * [(1, 2, 3)]", "[(1,"):
+        with pytest.raises(ValueError, match="no list of"):
+            convolutions(wrong)
