@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from experiments import bert_large_on_paper as paper
+from experiments import rooflines
 from jaxptm.config import LoopConfig, MaskedLmConfig, ParallelConfig
 from jaxptm.cost import StepCost, format_memory, least_seconds, step_cost, step_seconds, utilisation
 from jaxptm.models.bert import PRESETS, BertConfig
@@ -215,6 +216,13 @@ def test_the_page_holds_the_tables_as_they_are_computed() -> None:
     for name, table in paper.tables().items():
         assert f"\n{table}\n" in page, f"run experiments/bert_large_on_paper.py and put in its table `{name}`"
     assert page.count("\n| --- ") == len(paper.tables())
+
+
+def test_the_rooflines_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert sum(f"| {case.preset} | {case.rows} x {case.length} |" in page for case in rooflines.CASES) == 9
+    for case in (rooflines.CASES[1], rooflines.CASES[5]):  # each of the others takes as long
+        assert f"\n{rooflines.line(case)}\n" in page, "run experiments/rooflines.py and put in its table"
 
 
 def test_nothing_is_expected_beyond_the_peaks() -> None:
