@@ -357,7 +357,10 @@ def doctor() -> None:
     print(f"platform {platform.platform()}")
     for name, version in versions().items():
         print(f"{name} {version}")
-    for name, need in (("torch", "only to read pytorch_model.bin"), ("libtpu", "only on TPU")):
+    for name, need in (
+        ("torch", "only to read pytorch_model.bin and fairseq's checkpoints, and for convert --check"),
+        ("libtpu", "only on TPU"),
+    ):
         try:
             print(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

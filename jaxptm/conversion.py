@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.storage import is_remote
 from jaxptm.training import restore_model
 from jaxptm.types import JaxptmError
+
+log = logging.getLogger("jaxptm")
 
 FORMATS = ("hf", "orbax")
 """Hugging Face's config.json and safetensors; an Orbax checkpoint beside a config.json."""
@@ -54,6 +58,8 @@ def convert(
     """
     if to not in FORMATS:
         raise JaxptmError(f"--to {to}: write {' or '.join(FORMATS)}.")
+    if report is not None and (report == target or target in report.parents):
+        raise JaxptmError(f"--report {report}: lies in {target}, which the model is written to; name another place.")
     with tempfile.TemporaryDirectory() as rewritten:
         model = _open(source, step, part, Path(rewritten))
         if model.fresh:
@@ -62,17 +68,19 @@ def convert(
                 f"{source}: is a {kind} without weights for {', '.join(model.fresh)}, "
                 "and a conversion makes none up; if it has a config.json, say there under `architectures` what it is."
             )
+        if model.unused:
+            log.warning("%s: these of its weights are left out: %s", source, ", ".join(model.unused))
         differences = check(model, to) if checked else None
         if report is not None:  # before the model, which then is not left without it
             write_report(report, describe(model, source, differences))
         save(model, target, to)
-    return model, differences
+    return replace(model, source=target), differences
 
 
 def _open(source: str, step: int | None, part: str, rewritten: Path) -> Model:
     """Opens what `convert` is given; a checkpoint of another implementation is rewritten to `rewritten` first."""
-    original = None if is_remote(source) else find_original(source)
     is_run = is_remote(source) or (Path(source) / "checkpoints").is_dir()
+    original = None if is_run else find_original(source)
     if step is not None and not is_run:
         raise JaxptmError(f"--step is for run directories; {source} holds no checkpoints/.")
     if is_run:
@@ -95,6 +103,9 @@ def save(model: Model, target: Path, to: str) -> None:
 
 def check(model: Model, to: str) -> dict[str, float]:
     """Writes a model, reads it again, and runs it beside transformers on rows that are partly padding.
+
+    So jaxptm and transformers make the same of these weights. Whether they are under the right names, transformers
+    cannot tell; of checkpoints of other implementations the tests of `jaxptm.original` do.
 
     Returns:
         Of every output, its largest difference from transformers', as a share of the largest value there.
@@ -122,16 +133,13 @@ def check(model: Model, to: str) -> dict[str, float]:
         expected = theirs(**{name: torch.tensor(value) for name, value in inputs.items()})
     with jax.default_matmul_precision("highest"):
         given = again(output_hidden_states=False, **inputs)
-    visible = np.asarray(inputs["attention_mask"]).astype(bool)
     differences = {}
     for name, ours in given.items():
         if name not in expected:  # what jaxptm alone tells, such as how often a codebook entry is used
             continue
         reference = expected[name].numpy().astype(np.float32)
-        gap = np.abs(np.asarray(ours, np.float32) - reference)
-        if gap.shape[:2] == visible.shape:  # what stands at padding is nobody's
-            gap = gap[visible]
-        differences[name] = float(gap.max() / np.abs(reference).max())
+        differences[name] = float(np.abs(np.asarray(ours, np.float32) - reference).max() / np.abs(reference).max())
+    assert differences, f"{kind.__name__} has none of the outputs {', '.join(given)}"
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
         said = ", ".join(f"{name} by {value:.1e}" for name, value in wrong.items())
@@ -161,7 +169,7 @@ def sample_inputs(model: Model) -> dict[str, np.ndarray]:
 
 
 def describe(model: Model, source: str, differences: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Every tensor of a model under Hugging Face's name: what became of it here, its shape, type and checksum.
+    """Every tensor of a model under its name in Hugging Face's files: its parameters here, shape, type and checksum.
 
     The checksum is the SHA-256 of the bytes as Hugging Face's files hold them (rows first, little-endian).
 
@@ -174,7 +182,7 @@ def describe(model: Model, source: str, differences: Mapping[str, float] | None 
     flat = flatten(model.params)
     parameters = {row.theirs: list(row.paths) for row in table.rows}
     tensors = {
-        name: {
+        name.removeprefix(model.family.prefix if model.task is None else ""): {
             "parameters": parameters.get(name, []),
             "same_as": table.tied.get(name) or table.dead.get(name),
             "shape": list(tensor.shape),
@@ -188,6 +196,7 @@ def describe(model: Model, source: str, differences: Mapping[str, float] | None 
         "architecture": model.family.architectures[model.task],
         "parameters": sum(int(leaf.size) for leaf in flat.values()),
         "versions": versions(),
+        "left_out": list(model.unused),
         "difference_from_transformers": None if differences is None else dict(differences),
         "tensors": tensors,
     }
@@ -202,5 +211,5 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
-    except OSError as error:
-        raise JaxptmError(f"{path}: cannot be written: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path without a name
+        raise JaxptmError(f"{path}: cannot be written: {error}.") from error

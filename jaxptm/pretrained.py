@@ -57,6 +57,7 @@ class Model:
         hf_config: the config.json it came with; keys that jaxptm does not read are saved again as they were.
         dead: parameters of the source that no output depends on.
         fresh: top-level modules that the source lacks, initialised at random.
+        unused: weights of the source that belong to other heads, by their names there.
     """
 
     family: Family
@@ -68,6 +69,7 @@ class Model:
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     dead: Mapping[str, np.ndarray] = field(default_factory=dict)
     fresh: Sequence[str] = ()
+    unused: Sequence[str] = ()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -292,7 +294,7 @@ def from_pretrained(
         flat |= fresh
     sharding = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = unflatten({path: jax.device_put(jnp.asarray(leaf, param_dtype), sharding) for path, leaf in flat.items()})
-    return Model(family, config, task, module, params, directory, hf_config, loaded.dead, loaded.absent)
+    return Model(family, config, task, module, params, directory, hf_config, loaded.dead, loaded.absent, loaded.unused)
 
 
 def read_family(directory: Path) -> tuple[Family, dict[str, Any]]:

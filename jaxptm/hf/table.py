@@ -82,11 +82,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load` found: our flat parameters, the top-level modules that the source lacks, the dead tensors."""
+    """What `load` found.
+
+    Attributes:
+        params: ours, flat.
+        absent: top-level modules that the source lacks.
+        dead: tensors that no output depends on.
+        unused: names of tensors that belong to the family's other heads.
+    """
 
     params: dict[str, np.ndarray]
     absent: list[str]
     dead: dict[str, np.ndarray]
+    unused: list[str]
 
 
 def load(
@@ -137,7 +145,8 @@ def load(
     problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in unexpected]
     if problems:
         raise JaxptmError("\n  ".join([f"{source}: {len(problems)} weight(s) do not fit the model:", *problems]))
-    return Loaded(params, absent, {name: tensors[name] for name in table.dead if name in tensors})
+    dead = {name: tensors[name] for name in table.dead if name in tensors}
+    return Loaded(params, absent, dead, sorted(set(tensors) & known - table.names))
 
 
 def save(table: Table, params: Mapping[str, np.ndarray | Array]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ is left out; a name that is neither is refused.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jaxptm.types import JaxptmError
@@ -28,7 +29,11 @@ def find_original(source: str | Path) -> Path | None:
         return path
     if path.name and (index := path.with_name(path.name + INDEX)).is_file():
         return index
-    if not path.is_dir() or (path / "config.json").exists():
+    if (shard := re.fullmatch(r"(.+)\.data-\d+-of-\d+", path.name)) and path.is_file():
+        return find_original(path.with_name(shard.group(1)))
+    if not path.exists() and path.suffix in (".pt", ".ckpt", INDEX):
+        raise JaxptmError(f"{path}: there is no such checkpoint.")
+    if not path.is_dir() or (path / "config.json").exists() or (path / "model" / "config.json").exists():
         return None
     found = sorted([*path.glob(f"*{INDEX}"), *path.glob("*.pt")])
     if len(found) > 1:

@@ -61,6 +61,29 @@ SETTINGS = {
     "dropout_features": "feat_quantizer_dropout",
 }
 """Keys of fairseq's model (Wav2Vec2Config in wav2vec2.py) -> keys of config.json."""
+DEFAULTS: dict[str, Any] = {
+    "extractor_mode": "default",
+    "activation_fn": "gelu",
+    "layer_norm_first": False,
+    "conv_bias": False,
+    "conv_pos": 128,
+    "conv_pos_groups": 16,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "dropout_input": 0.0,
+    "dropout_features": 0.0,
+    "latent_vars": 320,
+    "latent_groups": 2,
+}
+"""What fairseq takes for settings that older checkpoints do not have yet; their sizes are always there."""
+MASKS = {
+    "mask_prob": "mask_time_prob",
+    "mask_length": "mask_time_length",
+    "mask_channel_prob": "mask_feature_prob",
+    "mask_channel_length": "mask_feature_length",
+}
 NORMS = {"default": "group", "layer_norm": "layer"}
 UNSUPPORTED = {
     "quantize_input": False,
@@ -77,10 +100,14 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 """The first symbols of a head. fairseq calls the blank <s> and swaps it with <pad>; transformers calls it <pad>."""
 
 
+class Dictionary:
+    """Stands in for `fairseq.data.dictionary.Dictionary`, which fine-tuned checkpoints carry along: it does nothing."""
+
+
 def rewrite_fairseq(checkpoint: Path, directory: Path) -> None:
     """Writes a checkpoint as a Hugging Face directory; see `jaxptm.original.rewrite`.
 
-    Of a model fine-tuned with CTC the letters are read from `dict.ltr.txt` beside it.
+    Of a model fine-tuned with CTC the letters are read from `dict.ltr.txt` beside it (`ltr` is its task's `labels`).
     """
     content = _read(checkpoint)
     settings = _settings(content, checkpoint)
@@ -88,15 +115,24 @@ def rewrite_fairseq(checkpoint: Path, directory: Path) -> None:
     model = dict(settings)
     if tuned:  # what the encoder was built from is an argument of what was built around it
         pre_trained = _plain(settings.get("w2v_args"))
+        if not pre_trained:
+            raise JaxptmError(
+                f"{checkpoint}: its `w2v_args` is empty, so it does not say what its encoder is; where fairseq is "
+                "installed, put there the `cfg` of the pre-trained checkpoint that `w2v_path` names, and save it again."
+            )
         model = _plain(pre_trained.get("model", pre_trained)) | _overridden(settings)
     tensors = {_hf_name(name): from_torch(tensor.detach()) for name, tensor in content["model"].items()}
-    config = _config(model, tensors, checkpoint)
+    config = _config(DEFAULTS | model, tensors, checkpoint)
     config["architectures"] = ["Wav2Vec2ForCTC" if tuned else "Wav2Vec2ForPreTraining"]
     if tuned:
+        if "lm_head.weight" not in tensors:
+            raise JaxptmError(f"{checkpoint}: has no {HEAD}weight; it is not fine-tuned with CTC.")
         config["vocab_size"] = len(tensors["lm_head.weight"])
+        config["final_dropout"] = settings.get("final_dropout", 0.0)
     write_model(directory, config, tensors)
-    # As the checkpoint was trained: transformers' own copies of it are said to normalise in any case.
-    normalize = bool(_plain(content.get("cfg", {}).get("task") if content.get("cfg") else settings).get("normalize"))
+    task = _plain(_plain(content.get("cfg")).get("task")) or settings
+    # As the checkpoint was trained; transformers' own copies of the base models normalise audio all the same.
+    normalize = bool(task.get("normalize"))
     write_json(
         directory / "preprocessor_config.json",
         {
@@ -110,7 +146,9 @@ def rewrite_fairseq(checkpoint: Path, directory: Path) -> None:
         },
     )
     if tuned:
-        _write_vocabulary(checkpoint.parent / "dict.ltr.txt", directory, config["vocab_size"])
+        _write_vocabulary(
+            checkpoint.parent / f"dict.{task.get('labels') or 'ltr'}.txt", directory, config["vocab_size"]
+        )
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -119,23 +157,27 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     except ImportError as error:
         raise JaxptmError(f"{checkpoint}: needs torch to be read; pip install torch.") from error
     try:
-        # weights_only: no code of the file runs; a namespace of arguments is the one thing let in besides tensors.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # weights_only: no code of the file runs; besides tensors, a namespace of arguments is let in.
+        inert = [argparse.Namespace, (Dictionary, "fairseq.data.dictionary.Dictionary")]
+        with torch.serialization.safe_globals(inert):
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here: pickle, zip, runtime and attribute errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign is None:
+            raise JaxptmError(f"{checkpoint}: is no file that torch wrote, or is damaged; copy it again.") from error
         raise JaxptmError(
-            f"{checkpoint}: is no checkpoint of tensors and plain settings, or is damaged ({reason}). Where fairseq is "
-            "installed, load it and save again what is under `model` and `cfg`, as plain dicts."
+            f"{checkpoint}: holds a {foreign.group(1)}, which reading would have to run code for. Where fairseq is "
+            "installed, load it and save again what is under `model` and under `cfg` or `args`, as plain dicts."
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise JaxptmError(f"{checkpoint}: holds no `model`; it is no checkpoint of fairseq.")
-    return content
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
+        raise JaxptmError(f"{checkpoint}: holds no `model` of tensors; it is no checkpoint of fairseq.")
+    return dict(content)
 
 
 def _settings(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     """The arguments of the model: under `cfg` since fairseq uses hydra, under `args` before."""
-    settings = _plain((content.get("cfg") or {}).get("model")) or _plain(content.get("args"))
+    settings = _plain(_plain(content.get("cfg")).get("model")) or _plain(content.get("args"))
     if not settings:
         raise JaxptmError(f"{checkpoint}: says nothing of its model under `cfg` or `args`.")
     return settings
@@ -155,6 +197,7 @@ def _overridden(settings: Mapping[str, Any]) -> dict[str, Any]:
         "attention_dropout": "attention_dropout",
         "dropout_input": "dropout_input",
         "layerdrop": "encoder_layerdrop",
+        **{name: name for name in MASKS},
     }
     return {theirs: settings[name] for name, theirs in names.items() if settings.get(name) is not None}
 
@@ -176,6 +219,8 @@ def _config(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], checkpo
             raise JaxptmError(f"{checkpoint}: `{key}: {model[key]}` is not supported, only {usual!r}.")
     try:
         config = {key: model[name] for name, key in SETTINGS.items()}
+        if model["extractor_mode"] not in NORMS:
+            raise JaxptmError(f"{checkpoint}: `extractor_mode: {model['extractor_mode']}` is not {' or '.join(NORMS)}.")
         config["feat_extract_norm"] = NORMS[model["extractor_mode"]]
         layers = convolutions(model["conv_feature_layers"])
     except KeyError as error:
@@ -183,7 +228,9 @@ def _config(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], checkpo
     except ValueError as error:
         raise JaxptmError(f"{checkpoint}: `conv_feature_layers` is {error}.") from error
     config |= dict(zip(("conv_dim", "conv_kernel", "conv_stride"), map(list, zip(*layers, strict=True)), strict=True))
-    if "quantizer.codevectors" in tensors:
+    # Without any masks transformers has no embedding for what is masked, and fairseq has one.
+    config |= {key: model[name] for name, key in MASKS.items() if model.get(name)}
+    if "project_q.weight" in tensors:
         config["num_codevector_groups"] = model["latent_groups"]
         config["num_codevectors_per_group"] = model["latent_vars"]
         config["codevector_dim"] = tensors["project_q.weight"].shape[1]
@@ -208,8 +255,8 @@ def convolutions(expression: str) -> list[tuple[int, int, int]]:
                 return ast.literal_eval(node)
 
     try:
-        layers = [tuple(layer) for layer in value(ast.parse(expression.strip(), mode="eval").body)]
-    except (ValueError, TypeError, SyntaxError) as error:
+        layers = [tuple(layer) for layer in value(ast.parse(str(expression).strip(), mode="eval").body)]
+    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
         raise ValueError(f"{expression!r}, no list of convolutions") from error
     if not layers or any(len(layer) != 3 or not all(type(size) is int for size in layer) for layer in layers):
         raise ValueError(f"{expression!r}, no list of (channels, taps, stride)")
@@ -221,7 +268,10 @@ def _write_vocabulary(path: Path, directory: Path, symbols: int) -> None:
     if not path.exists():
         log.warning("%s: is not there; the model comes without its letters, and cannot spell.", path)
         return
-    letters = [line.split(" ")[0] for line in path.read_text(encoding="utf-8").splitlines() if line]
+    try:
+        letters = [line.split(" ")[0] for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise JaxptmError(f"{path}: is not UTF-8.") from error
     found = len(SPECIAL) + len(letters)
     if found != symbols:
         raise JaxptmError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ HEADS_OF_BERT = {
     "BertModel": (),
 }
 HEAD_WIDTH = 64
-"""Of ELECTRA in all sizes (configure_pretraining.py, util/training_utils.py); no file of a checkpoint says it."""
+"""Of ELECTRA small, base and large (util/training_utils.py); no file of a checkpoint says it."""
 
 
 def rewrite_google(prefix: Path, directory: Path, part: str) -> None:
@@ -71,11 +71,10 @@ def rewrite_google(prefix: Path, directory: Path, part: str) -> None:
     except KeyError as error:
         raise JaxptmError(f"{prefix}: lacks {error}, which tells the sizes of the model.") from error
     write_model(directory, config, tensors)
-    vocabulary = prefix.parent / "vocab.txt"
-    if vocabulary.exists():
-        load_tokenizer(vocabulary, lowercase=is_uncased(vocabulary)).save_pretrained(directory)
-    else:
-        log.warning("%s: is not there; the model comes without a tokenizer.", vocabulary)
+    if electra:
+        heads = config["num_attention_heads"]
+        log.warning("%s: %d attention heads are assumed, of width %d; no file says it.", prefix, heads, HEAD_WIDTH)
+    _write_tokenizer(prefix.parent / "vocab.txt", directory, config["vocab_size"])
 
 
 def hf_name(name: str) -> str:
@@ -85,10 +84,26 @@ def hf_name(name: str) -> str:
     return name
 
 
-def is_uncased(vocabulary: Path) -> bool:
-    """Whether no entry but the [SPECIAL] ones has an upper-case letter; no file of a checkpoint says it."""
-    entries = vocabulary.read_text(encoding="utf-8").split("\n")
-    return not any(entry != entry.lower() for entry in entries if not re.fullmatch(r"\[.*\]", entry))
+def is_uncased(entries: Iterable[str]) -> bool:
+    """Whether no word of a vocabulary has an upper-case letter; no file of a checkpoint says it.
+
+    [SPECIAL] entries, <S> and single letters are no words: Google's Chinese model has them and is uncased
+    (tokenization.py, `validate_case_matches_checkpoint`).
+    """
+    words = (entry.removeprefix("##") for entry in entries if not re.fullmatch(r"\[.*\]|<.*>", entry))
+    return not any(word != word.lower() for word in words if len(word) > 1)
+
+
+def _write_tokenizer(vocabulary: Path, directory: Path, size: int) -> None:
+    if not vocabulary.exists():
+        log.warning("%s: is not there; the model comes without a tokenizer.", vocabulary)
+        return
+    tokenizer = load_tokenizer(vocabulary)
+    if len(tokenizer) > size:
+        raise JaxptmError(f"{vocabulary}: has {len(tokenizer)} entries, the model {size}; they do not belong together.")
+    uncased = is_uncased(tokenizer.get_vocab())
+    log.info("%s: text is %s.", vocabulary, "lower-cased, as the vocabulary is" if uncased else "left as it is")
+    (tokenizer if uncased else load_tokenizer(vocabulary, lowercase=False)).save_pretrained(directory)
 
 
 def _bert_config(tensors: Mapping[str, np.ndarray], prefix: Path) -> dict[str, Any]:
@@ -96,6 +111,8 @@ def _bert_config(tensors: Mapping[str, np.ndarray], prefix: Path) -> dict[str, A
     architecture = next(name for name, needed in HEADS_OF_BERT.items() if all(key in tensors for key in needed))
     if architecture == "BertForSequenceClassification":
         config["id2label"] = {str(label): f"LABEL_{label}" for label in range(len(tensors["classifier.weight"]))}
+    if not isinstance(config.get("vocab_size"), int):
+        raise JaxptmError(f"{prefix.parent / 'bert_config.json'}: has no `vocab_size`.")
     return {**config, "model_type": "bert", "architectures": [architecture], "layer_norm_eps": 1e-12}
 
 
@@ -138,7 +155,7 @@ def _electra_config(tensors: Mapping[str, np.ndarray], part: str) -> dict[str, A
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": len(layers),
-        "num_attention_heads": width // HEAD_WIDTH,
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-12,
     }

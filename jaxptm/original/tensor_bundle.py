@@ -3,7 +3,8 @@
 `model.ckpt.index` is a sorted table of the format of LevelDB: blocks of key and value pairs, in which a key says how
 much of its beginning it shares with the one before, an index of those blocks, and a footer that says where the index
 is. A value is a protocol buffer that says where in `model.ckpt.data-00000-of-00001` a tensor lies (tensorflow/core:
-util/tensor_bundle/tensor_bundle.h, protobuf/tensor_bundle.proto, lib/io/format.h).
+util/tensor_bundle/tensor_bundle.h, protobuf/tensor_bundle.proto, lib/io/format.h). Its checksums are not
+looked at.
 """
 
 from __future__ import annotations
@@ -70,9 +71,11 @@ def read_tensors(prefix: Path, entries: Mapping[str, Entry], shards: int) -> dic
     files = [prefix.with_name(f"{prefix.name}.data-{i:05}-of-{shards:05}") for i in range(shards)]
     tensors = {}
     for name, entry in entries.items():
-        file = files[entry.shard]
         if entry.dtype is None:
-            raise JaxptmError(f"{file}: {name} is no array of numbers.")
+            raise JaxptmError(f"{prefix}: {name} is no array of numbers.")
+        if entry.shard >= shards or entry.size != math.prod(entry.shape) * np.dtype(entry.dtype).itemsize:
+            raise JaxptmError(f"{prefix}.index: says of {name} what cannot be; the file is damaged, copy it again.")
+        file = files[entry.shard]
         try:
             array: np.ndarray = np.fromfile(file, entry.dtype, math.prod(entry.shape), offset=entry.offset)
         except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ import transformers
 
 from jaxptm.conversion import convert
 from jaxptm.original.fairseq import convolutions
-from jaxptm.pretrained import from_pretrained
 from jaxptm.types import JaxptmError
 
 SIZES = {
@@ -116,6 +117,10 @@ def settings(style: str) -> dict[str, Any]:
         "conv_bias": style == "large",
         "conv_pos": 6,
         "conv_pos_groups": 2,
+        "mask_prob": 0.65,
+        "mask_length": 7,
+        "mask_channel_prob": 0.25,
+        "mask_channel_length": 9,
         "latent_vars": 5,
         "latent_groups": 2,
         "latent_dim": 14,
@@ -125,8 +130,18 @@ def settings(style: str) -> dict[str, Any]:
     }
 
 
-def checkpoint(path: Path, task: str, style: str, *, hydra: bool = True, **changed: Any) -> Any:
-    """Writes what fairseq would save of a model of transformers, and returns that."""
+class Dictionary:
+    """What fairseq saves the letters in."""
+
+    def __init__(self) -> None:
+        self.symbols = LETTERS
+
+
+Dictionary.__module__ = "fairseq.data.dictionary"
+
+
+def content_of(task: str, style: str, *, hydra: bool = True, **changed: Any) -> tuple[dict[str, Any], Any]:
+    """What fairseq would save of a model of transformers, and that model."""
     model = made(task, style)
     tensors = {fairseq_name(name, style == "large"): value.detach() for name, value in model.named_parameters()}
     arguments = settings(style) | changed
@@ -135,27 +150,36 @@ def checkpoint(path: Path, task: str, style: str, *, hydra: bool = True, **chang
             f"w2v_encoder.{name}" if name.startswith("proj.") else f"w2v_encoder.w2v_model.{name}": value
             for name, value in tensors.items()
         }
-        inner: Any = {"model": arguments, "task": {}} if hydra else argparse.Namespace(**arguments)
         # What fine-tuning sets anew; the encoder's own dropouts are those of pre-training.
-        inner_free = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_input": 0.0}
-        if hydra:
-            inner["model"] = arguments | inner_free
+        before = arguments | {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_input": 0.0}
         arguments = {
             "_name": "wav2vec_ctc",
-            "w2v_args": inner,
+            "w2v_args": {"model": before, "task": {}} if hydra else argparse.Namespace(**before),
             "dropout": 0.11,
             "attention_dropout": 0.12,
             "activation_dropout": 0.13,
             "dropout_input": 0.14,
             "layerdrop": 0.05,
+            "final_dropout": 0.07,
+            **{key: value for key, value in arguments.items() if key.startswith("mask_")},
         }
-        (path.parent / "dict.ltr.txt").write_text("".join(f"{letter} {9 - at}\n" for at, letter in enumerate(LETTERS)))
+    beside = {"optimizer_history": [{"num_updates": 3}], "extra_state": {}, "task_state": {"target": Dictionary()}}
     task_settings = {"normalize": style == "large"}
-    said = {"cfg": {"model": arguments, "task": task_settings}, "args": None}
-    if not hydra:
-        said = {"args": argparse.Namespace(**arguments, **task_settings)}
-    torch.save({"model": tensors, "optimizer_history": [{"num_updates": 3}], "extra_state": {}, **said}, path)
-    return model
+    if hydra:
+        return {"model": tensors, "cfg": {"model": arguments, "task": task_settings}, "args": None, **beside}, model
+    return {"model": tensors, "args": argparse.Namespace(**arguments, **task_settings), **beside}, model
+
+
+def save(content: Any, path: Path) -> None:
+    """Writes a checkpoint, `Dictionary` under the name that it has in fairseq, and the letters beside it."""
+    module = types.ModuleType("fairseq.data.dictionary")
+    module.Dictionary = Dictionary  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fairseq", "fairseq.data", "fairseq.data.dictionary"):
+            patch.setitem(sys.modules, name, module)
+        torch.save(content, path)
+    lines = (f"{letter} {9 - at}\n" for at, letter in enumerate(LETTERS))
+    (path.parent / "dict.ltr.txt").write_text("".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +187,8 @@ def checkpoint(path: Path, task: str, style: str, *, hydra: bool = True, **chang
     [("contrastive", "base", True), ("contrastive", "large", False), ("ctc", "base", False), ("ctc", "large", True)],
 )
 def test_wav2vec2(task: str, style: str, hydra: bool, tmp_path: Path) -> None:
-    theirs = checkpoint(tmp_path / "wav2vec_small.pt", task, style, hydra=hydra)
+    content, theirs = content_of(task, style, hydra=hydra)
+    save(content, tmp_path / "wav2vec_small.pt")
     model, differences = convert(str(tmp_path / "wav2vec_small.pt"), tmp_path / "hf", checked=True)
     assert model.task == task and differences and max(differences.values()) < 2e-5
     ours = type(theirs).from_pretrained(tmp_path / "hf")
@@ -177,7 +202,22 @@ def test_wav2vec2(task: str, style: str, hydra: bool, tmp_path: Path) -> None:
     if task == "ctc":
         said = json.loads((tmp_path / "hf" / "vocab.json").read_text())
         assert said == {s: i for i, s in enumerate(["<pad>", "<s>", "</s>", "<unk>", *LETTERS])}
-        assert from_pretrained(tmp_path / "hf", "auto").config.pad_token_id == 0
+        assert ours.config.final_dropout == 0.07
+    masks = {"mask_time_prob": 0.65, "mask_time_length": 7, "mask_feature_prob": 0.25, "mask_feature_length": 9}
+    for key, value in masks.items():
+        assert getattr(ours.config, key) == value, key
+
+
+def test_settings_that_an_old_checkpoint_lacks_are_those_of_fairseq(tmp_path: Path) -> None:
+    """The first release had neither `cfg` nor, among its arguments, what came later (fairseq, issue 3526)."""
+    content, theirs = content_of("contrastive", "base", hydra=False)
+    for name in ("extractor_mode", "conv_bias", "layer_norm_first", "dropout_features", "dropout_input"):
+        delattr(content["args"], name)
+    save(content, tmp_path / "old.pt")
+    model, _ = convert(str(tmp_path / "old.pt"), tmp_path / "hf")
+    for name, parameter in theirs.named_parameters():
+        assert (type(theirs).from_pretrained(tmp_path / "hf").get_parameter(name) == parameter).all(), name
+    assert model.config.feat_extract_norm == "group" and model.config.feat_quantizer_dropout == 0  # type: ignore[attr-defined]
 
 
 class Foreign:
@@ -194,26 +234,34 @@ def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(
             convert(str(path), target, **options)
         assert not target.exists()
 
-    checkpoint(path, "contrastive", "base")
+    whole, _ = content_of("contrastive", "base")
+    save(whole, path)
     refused("--part generator is for ELECTRA", part="generator")
-    whole = torch.load(path, weights_only=True)
-    torch.save(whole | {"model": {**whole["model"], "target_glu.0.weight": torch.zeros(2)}}, path)
+    model = whole["cfg"]["model"]
+    save(whole | {"model": {**whole["model"], "target_glu.0.weight": torch.zeros(2)}}, path)
     refused(r"w2v\.pt: 1 weight.*\n.*unexpected target_glu\.0\.weight \[2\]")
-    torch.save(whole | {"cfg": None}, path)
+    save(whole | {"cfg": None}, path)
     refused("says nothing of its model under `cfg` or `args`")
-    torch.save(whole | {"cfg": {"model": {"extractor_mode": "default"}}}, path)
+    save(whole | {"cfg": {"model": {"extractor_mode": "default"}}}, path)
     refused("its settings lack 'encoder_layers'")
-    torch.save(whole | {"cfg": Foreign()}, path)
-    refused("no checkpoint of tensors and plain settings.*Where fairseq is installed, load it")
+    save(whole | {"cfg": Foreign()}, path)
+    refused(r"holds a \S+\.Foreign, which reading would have to run code for. Where fairseq is installed, load it")
+    save(whole | {"cfg": {"model": model | {"extractor_mode": "weird"}}}, path)
+    refused("`extractor_mode: weird` is not default or layer_norm")
+    save(whole | {"model": {"x": 1}}, path)
+    refused("holds no `model` of tensors")
     path.write_bytes(path.read_bytes()[:500])
     refused("or is damaged")
-    torch.save({"weights": 1}, path)
-    refused("holds no `model`; it is no checkpoint of fairseq")
-    checkpoint(path, "contrastive", "base", target_glu=True)
+    save({"weights": 1}, path)
+    refused("holds no `model` of tensors; it is no checkpoint of fairseq")
+    save(content_of("contrastive", "base", target_glu=True)[0], path)
     refused("`target_glu: True` is not supported, only False")
-    checkpoint(path, "contrastive", "base", conv_feature_layers="__import__('os').getcwd()")
+    save(content_of("contrastive", "base", conv_feature_layers="__import__('os').getcwd()")[0], path)
     refused("`conv_feature_layers` is .*no list of convolutions")
-    checkpoint(path, "ctc", "base")
+    tuned, _ = content_of("ctc", "base")
+    save(tuned | {"cfg": {"model": tuned["cfg"]["model"] | {"w2v_args": None}}}, path)
+    refused("its `w2v_args` is empty, so it does not say what its encoder is")
+    save(tuned, path)
     (tmp_path / "dict.ltr.txt").write_text("| 1\n")
     refused(r"dict\.ltr\.txt: has 1 letters, which with 4 special ones make 5; the head has 10 outputs")
     (tmp_path / "dict.ltr.txt").unlink()

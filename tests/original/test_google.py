@@ -60,6 +60,7 @@ def variables(model: Any) -> dict[str, np.ndarray]:
 
 
 def bert(directory: Path, task: str | None, **config: Any) -> Any:
+    """Writes a model as Google's code would, and returns it."""
     model = oracle.model(task, hidden_act="gelu", **config)
     write_bundle(directory / "bert_model.ckpt", variables(model), shards=2)
     keys = ("hidden_act", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -92,7 +93,7 @@ def test_bert(task: str | None, config: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = from_pretrained(tmp_path / "hf", "auto").tokenizer
     assert tokenizer("W3 w4")["input_ids"] == [2, 8, 9, 3]
     report = json.loads((tmp_path / "report.json").read_text())
-    query = report["tensors"]["bert.encoder.layer.0.attention.self.query.weight"]
+    query = report["tensors"][f"{'bert.' if task else ''}encoder.layer.0.attention.self.query.weight"]
     assert query["parameters"] == ["encoder/layer_0/attention/query/kernel"] and query["shape"] == [32, 32]
 
 
@@ -129,6 +130,7 @@ def test_electra(part: str, tied: bool, tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, "jaxptm"):
         _, differences = convert(str(prefix), tmp_path / "hf", part=part, checked=True)
     assert "vocab.txt: is not there; the model comes without a tokenizer" in caplog.text
+    assert "attention heads are assumed, of width 64" in caplog.text
     assert differences and max(differences.values()) < 1e-5
     ours = type(theirs).from_pretrained(tmp_path / "hf")
     for name, parameter in theirs.named_parameters():
@@ -136,10 +138,35 @@ def test_electra(part: str, tied: bool, tmp_path: Path, caplog: pytest.LogCaptur
     assert ours.config.num_attention_heads == theirs.config.num_attention_heads
 
 
-def test_the_vocabulary_says_whether_it_is_uncased(tmp_path: Path) -> None:
-    for name, entry, uncased in (("a", "the", True), ("b", "The", False), ("c", "é", True), ("d", "##É", False)):
-        (tmp_path / name).write_text("\n".join([*WORDS[:5], entry]), encoding="utf-8")
-        assert is_uncased(tmp_path / name) == uncased
+@pytest.mark.parametrize(
+    ("entry", "uncased"), [("the", True), ("The", False), ("é", True), ("##Él", False), ("<S>", True), ("Z", True)]
+)
+def test_the_vocabulary_says_whether_it_is_uncased(entry: str, uncased: bool) -> None:
+    assert is_uncased([*WORDS[:5], entry]) == uncased
+
+
+def test_the_vocabulary_of_a_cased_model_and_one_that_belongs_to_another(tmp_path: Path) -> None:
+    bert(tmp_path / "google", None)
+    (tmp_path / "google" / "vocab.txt").write_text("\r\n".join([*WORDS[:-1], "Rome"]))
+    convert(str(tmp_path / "google"), tmp_path / "hf")
+    tokenizer = from_pretrained(tmp_path / "hf").tokenizer
+    assert tokenizer("Rome rome")["input_ids"] == [2, 66, 1, 3]
+    (tmp_path / "google" / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
+    with pytest.raises(JaxptmError, match=r"vocab\.txt: has 68 entries, the model 67; they do not belong together"):
+        convert(str(tmp_path / "google"), tmp_path / "again")
+
+
+def test_heads_that_the_model_does_not_have_are_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = variables(bert(tmp_path / "google", "pretraining"))
+    found |= {"output_weights": np.ones((3, 32), np.float32), "output_bias": np.ones(3, np.float32)}
+    write_bundle(tmp_path / "google" / "bert_model.ckpt", found)
+    with caplog.at_level(logging.WARNING, "jaxptm"):
+        model, _ = convert(str(tmp_path / "google"), tmp_path / "hf", report=tmp_path / "report.json")
+    assert "these of its weights are left out: classifier.bias, classifier.weight" in caplog.text
+    assert json.loads((tmp_path / "report.json").read_text())["left_out"] == list(model.unused)
+    assert model.tokenizer("w1")["input_ids"] == [2, 6, 3]  # of the directory that was written
 
 
 def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
@@ -165,7 +192,9 @@ def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(tmp_path: Pat
     refused("--part generator is for ELECTRA", part="generator")
     refused("--step is for run directories", step=3)
     refused("--to onnx: write hf or orbax", to="onnx")
+    refused("--report .*report.json: lies in .*, which the model is written to", report=target / "report.json")
+    refused("nowhere.ckpt: there is no such checkpoint", google / "nowhere.ckpt")
     (google / "bert_config.json").unlink()
-    refused(r"bert_config\.json: cannot be read: No such file")
+    refused(r"bert_config\.json: cannot be read: No such file", google / "bert_model.ckpt.data-00000-of-00001")
     write_bundle(google / "other.ckpt", found)
     refused(r"holds bert_model\.ckpt\.index, other\.ckpt\.index; name the one to convert")
