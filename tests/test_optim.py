@@ -382,7 +382,8 @@ def test_what_is_below_the_heads_begins_without_moments(share: float) -> None:
     learnt, _ = run(config(head_first=share, weight_decay=0.0), params, grads)
     expected, _ = run(config(weight_decay=0.0), params, silent + grads[7:])
     for path, leaf in flat(expected).items():
-        np.testing.assert_array_equal(leaf, flat(learnt)[path], err_msg=path)
+        # Two programs, whose roundings XLA orders as it likes.
+        np.testing.assert_allclose(leaf, flat(learnt)[path], rtol=1e-6, atol=1e-8, err_msg=path)
         assert np.any(leaf != flat(params)[path]), path
 
 
