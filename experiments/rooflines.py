@@ -60,11 +60,9 @@ def cost(case: Case) -> StepCost:
         )
 
     step = of(config, case.task)
-    return (
-        step + of(config.generator(), "masked-lm", shares_embeddings=True)
-        if isinstance(config, ElectraConfig)
-        else step
-    )
+    if isinstance(config, ElectraConfig):
+        step += of(config.generator(), "masked-lm", shares_embeddings=True)
+    return step
 
 
 def attention_traffic(case: Case) -> float:

@@ -62,12 +62,6 @@ def convert(
         raise JaxptmError(f"--report {report}: lies in {target}, which the model is written to; name another place.")
     with tempfile.TemporaryDirectory() as rewritten:
         model = _open(source, step, part, Path(rewritten))
-        if model.fresh:
-            kind = model.family.architectures[model.task]
-            raise JaxptmError(
-                f"{source}: is a {kind} without weights for {', '.join(model.fresh)}, "
-                "and a conversion makes none up; if it has a config.json, say there under `architectures` what it is."
-            )
         if model.unused:
             log.warning("%s: these of its weights are left out: %s", source, ", ".join(model.unused))
         differences = check(model, to) if checked else None
@@ -88,10 +82,10 @@ def _open(source: str, step: int | None, part: str, rewritten: Path) -> Model:
     if original is None:
         if part != "model":
             raise JaxptmError(f"--part is for runs and for Google's ELECTRA; {source} is neither.")
-        return from_pretrained(source, "auto")
+        return from_pretrained(source, "auto", complete=True)
     rewrite(original, rewritten, part)
     try:
-        return from_pretrained(rewritten, "auto")
+        return from_pretrained(rewritten, "auto", complete=True)
     except JaxptmError as error:  # names the checkpoint, and not where it lies for a moment
         raise JaxptmError(str(error).replace(str(rewritten), str(original))) from error
 
@@ -176,25 +170,21 @@ def describe(model: Model, source: str, differences: Mapping[str, float] | None 
     Args:
         differences: what `check` gave.
     """
-    from jaxptm.hf import table as weights
-
     table = model.family.table(model.config, model.task)
-    flat = flatten(model.params)
-    parameters = {row.theirs: list(row.paths) for row in table.rows}
     tensors = {
-        name.removeprefix(model.family.prefix if model.task is None else ""): {
-            "parameters": parameters.get(name, []),
+        name: {
+            "parameters": paths,
             "same_as": table.tied.get(name) or table.dead.get(name),
-            "shape": list(tensor.shape),
+            "shape": tensor.shape,
             "dtype": str(tensor.dtype),
             "sha256": hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest(),
         }
-        for name, tensor in sorted((weights.save(table, flat) | dict(model.dead)).items())
+        for name, (tensor, paths) in sorted(model.tensors().items())
     }
     return {
         "source": source,
         "architecture": model.family.architectures[model.task],
-        "parameters": sum(int(leaf.size) for leaf in flat.values()),
+        "parameters": sum(int(leaf.size) for leaf in jax.tree.leaves(model.params)),
         "versions": versions(),
         "left_out": list(model.unused),
         "difference_from_transformers": None if differences is None else dict(differences),

@@ -56,7 +56,6 @@ class Model:
         source: the directory it came from, whose tokenizer travels along.
         hf_config: the config.json it came with; keys that jaxptm does not read are saved again as they were.
         dead: parameters of the source that no output depends on.
-        fresh: top-level modules that the source lacks, initialised at random.
         unused: weights of the source that belong to other heads, by their names there.
     """
 
@@ -68,7 +67,6 @@ class Model:
     source: Path | None = None
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     dead: Mapping[str, np.ndarray] = field(default_factory=dict)
-    fresh: Sequence[str] = ()
     unused: Sequence[str] = ()
 
     @cached_property
@@ -169,6 +167,17 @@ class Model:
 
         return jax.jit(apply, static_argnums=2)
 
+    def tensors(self) -> dict[str, tuple[np.ndarray, tuple[str, ...]]]:
+        """What `save_pretrained` writes: by their names there, the tensors and the paths of the parameters in each.
+
+        A tensor without paths is a copy of another one, or one that no output depends on.
+        """
+        table = self.family.table(self.config, self.task)
+        paths = {row.theirs: row.paths for row in table.rows}
+        prefix = self.family.prefix if self.task is None else ""
+        found = weights.save(table, flatten(self.params)) | dict(self.dead)
+        return {name.removeprefix(prefix): (tensor, paths.get(name, ())) for name, tensor in found.items()}
+
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json, safetensors and the tokenizer files that transformers opens with no key to spare.
 
@@ -178,9 +187,7 @@ class Model:
         directory = Path(directory)
         if (directory / ORBAX_PARAMS).exists():
             raise JaxptmError(f"{directory}: holds a model in Orbax's format; choose another directory.")
-        tensors = weights.save(self.family.table(self.config, self.task), flatten(self.params)) | dict(self.dead)
-        if self.task is None:
-            tensors = {name.removeprefix(self.family.prefix): tensor for name, tensor in tensors.items()}
+        tensors = {name: tensor for name, (tensor, _) in self.tensors().items()}
         files.write_model(directory, self._config_json(), tensors, max_shard_bytes=max_shard_bytes)
         self._save_tokenizer(directory)
 
@@ -237,6 +244,7 @@ def from_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
     new_head: bool = False,
+    complete: bool = False,
 ) -> Model:
     """Opens a Hugging Face model directory, a hub repository, or the `model/` of a jaxptm run (or of its directory).
 
@@ -251,6 +259,7 @@ def from_pretrained(
         mesh: devices that each get a copy of the parameters; default the first device.
         seed: of the weights of a head that the checkpoint lacks; such a head is logged as a warning.
         new_head: leave the classifier of the checkpoint aside, and begin with a fresh one; its pooler stays.
+        complete: refuse a checkpoint that lacks a head, or a part of one.
 
     Raises:
         JaxptmError: no such model, an unknown architecture or task, or weights that do not fit; all weights at once.
@@ -288,13 +297,19 @@ def from_pretrained(
     heads = [name for name in {path.split("/")[0] for path in shapes} if name not in BODY]
     loaded = weights.load(family.table(config, task), tensors, shapes, source=str(directory), heads=heads, known=known)
     flat: dict[str, Any] = dict(loaded.params)
+    if loaded.absent and complete:
+        kind, lacking = family.architectures[task], ", ".join(loaded.absent)
+        raise JaxptmError(
+            f"{directory}: is a {kind} without weights for {lacking}, and none are made up here; if it has a "
+            "config.json, say there under `architectures` what it is."
+        )
     if loaded.absent:
         log.warning("%s has no %s: initialised at random, to be trained.", directory, ", ".join(loaded.absent))
         fresh = flatten(initialise(module, jax.random.key(seed), only=loaded.absent))
         flat |= fresh
     sharding = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = unflatten({path: jax.device_put(jnp.asarray(leaf, param_dtype), sharding) for path, leaf in flat.items()})
-    return Model(family, config, task, module, params, directory, hf_config, loaded.dead, loaded.absent, loaded.unused)
+    return Model(family, config, task, module, params, directory, hf_config, loaded.dead, loaded.unused)
 
 
 def read_family(directory: Path) -> tuple[Family, dict[str, Any]]:

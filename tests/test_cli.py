@@ -9,18 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import jaxptm
 from reference import SMALL, perturbed
-from typer.testing import CliRunner
-
-from jaxptm.cli import app
 
 COMMANDS = ("train", "evaluate", "glue", "predict", "bench", "prepare", "convert", "report", "doctor")
-
-
-def jaxptm(*arguments: str, text: str | None = None) -> tuple[int, str, str]:
-    """Runs a command in this process; the last --debug is what a shell would pass."""
-    result = CliRunner().invoke(app, list(arguments), input=text)
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

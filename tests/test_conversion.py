@@ -10,18 +10,12 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from commands import jaxptm
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
 from jaxptm import conversion
-from jaxptm.cli import app
 from jaxptm.pretrained import Model, Outputs, from_pretrained
 from jaxptm.types import JaxptmError
-
-
-def jaxptm(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["convert", *arguments])
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -37,7 +31,7 @@ def jaxptm(*arguments: str) -> tuple[int, str, str]:
 def test_a_checked_conversion(family: str, task: str, to: str, tmp_path: Path) -> None:
     source, target, report = tmp_path / "source", tmp_path / "target", tmp_path / "deep" / "report.json"
     oracle.saved(source, task, family)
-    status, out, err = jaxptm(str(source), str(target), "--to", to, "--check", "--report", str(report))
+    status, out, err = jaxptm("convert", str(source), str(target), "--to", to, "--check", "--report", str(report))
     assert status == 0, err
     assert "of the largest value from transformers' (at most 1e-04)" in out and f"{report}: the report" in out
     content = json.loads(report.read_text())
@@ -58,7 +52,7 @@ def test_a_check_that_fails_writes_nothing(tmp_path: Path, monkeypatch: pytest.M
     oracle.saved(source, "sequence-classification")
 
     def refused(message: str) -> None:
-        status, _, err = jaxptm(str(source), str(target), "--check", "--report", str(report))
+        status, _, err = jaxptm("convert", str(source), str(target), "--check", "--report", str(report))
         assert status == 1 and message in err and "Traceback" not in err
         assert not target.exists() and not report.exists()
 
@@ -71,8 +65,8 @@ def test_a_check_that_fails_writes_nothing(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr(Model, "__call__", wrong)
         refused("the model differs from transformers': logits by ")
 
-    def forgetful(directory: str, task: str) -> Model:
-        model = from_pretrained(directory, task)
+    def forgetful(directory: str, task: str, **options: Any) -> Model:
+        model = from_pretrained(directory, task, **options)
         if Path(directory) != source:
             model.params["classifier"]["dense"]["bias"] = np.zeros(2, np.float32)
         return model
@@ -91,7 +85,7 @@ def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
     oracle.saved(source, "masked-lm")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"architectures": ["BertForTokenClassification"]}))
-    status, _, err = jaxptm(str(source), str(target))
+    status, _, err = jaxptm("convert", str(source), str(target))
     assert status == 1 and "is a BertForTokenClassification without weights for classifier" in err
     assert not target.exists()
 

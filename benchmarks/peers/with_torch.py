@@ -117,7 +117,8 @@ def main() -> None:
     parameters = list({id(p): p for model in models for p in model.parameters()}.values())
     adam = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True)
     half = os.environ.get("DTYPE") == "bfloat16"
-    torch.set_float32_matmul_precision("high")  # on GPUs jax takes TensorFloat-32 for float32, and torch when told to
+    if DEVICE == "cuda":  # there jax takes TensorFloat-32 for float32, and torch when told to
+        torch.set_float32_matmul_precision("high")
 
     def step() -> torch.Tensor:
         with torch.autocast(DEVICE, torch.bfloat16) if half else nullcontext():

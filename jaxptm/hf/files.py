@@ -185,13 +185,23 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_pickle(file: Path) -> dict[str, np.ndarray]:
+def import_torch(file: Path) -> Any:
+    """torch, which alone reads what it wrote.
+
+    Raises:
+        JaxptmError: it is not here.
+    """
     try:
         import torch
     except ImportError as error:
         raise JaxptmError(
             f"{file}: needs torch to be read (`pip install torch`), or convert it to model.safetensors where torch is."
         ) from error
+    return torch
+
+
+def _read_pickle(file: Path) -> dict[str, np.ndarray]:
+    torch = import_torch(file)
     try:
         # weights_only: tensors are rebuilt, no code of the file runs.
         tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -202,6 +212,7 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
 
 
 def from_torch(tensor: Any) -> np.ndarray:
+    """A tensor on the CPU as numpy has it, bfloat16 by ml_dtypes."""
     import ml_dtypes
     import torch
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxptm.hf.files import from_torch, write_json, write_model
+from jaxptm.hf.files import from_torch, import_torch, write_json, write_model
 from jaxptm.types import JaxptmError
 
 log = logging.getLogger("jaxptm")
@@ -152,10 +152,7 @@ def rewrite_fairseq(checkpoint: Path, directory: Path) -> None:
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError as error:
-        raise JaxptmError(f"{checkpoint}: needs torch to be read; pip install torch.") from error
+    torch = import_torch(checkpoint)
     try:
         # weights_only: no code of the file runs; besides tensors, a namespace of arguments is let in.
         inert = [argparse.Namespace, (Dictionary, "fairseq.data.dictionary.Dictionary")]

@@ -65,7 +65,7 @@ def rewrite_google(prefix: Path, directory: Path, part: str) -> None:
         hf_name(name): array.T if name.endswith("/kernel") else array
         for name, array in read_tensors(prefix, wanted, shards).items()
     }
-    tensors = {_renamed_for_electra(name, part): array for name, array in tensors.items()} if electra else tensors
+    tensors = {_renamed_for_electra(name): array for name, array in tensors.items()} if electra else tensors
     try:
         config = _electra_config(tensors, part) if electra else _bert_config(tensors, prefix)
     except KeyError as error:
@@ -133,7 +133,7 @@ def _part_of_electra(entries: Mapping[str, Entry], part: str, prefix: Path) -> d
     return generator
 
 
-def _renamed_for_electra(name: str, part: str) -> str:
+def _renamed_for_electra(name: str) -> str:
     name = re.sub(r"^generator\.", "electra.", name)
     name = name.replace("generator_predictions.bias", "generator_lm_head.bias")
     return name.replace("discriminator_predictions.dense_1.", "discriminator_predictions.dense_prediction.")

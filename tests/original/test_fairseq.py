@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import speech
 import torch
 import transformers
 
@@ -18,20 +19,7 @@ from jaxptm.conversion import convert
 from jaxptm.original.fairseq import convolutions
 from jaxptm.types import JaxptmError
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "conv_dim": [8, 8, 12],
-    "conv_kernel": [10, 3, 2],
-    "conv_stride": [5, 2, 2],
-    "num_conv_pos_embeddings": 6,
-    "num_conv_pos_embedding_groups": 2,
-    "num_codevector_groups": 2,
-    "num_codevectors_per_group": 5,
-    "codevector_dim": 14,
-    "proj_codevector_dim": 10,
+DROPOUTS = {
     "layerdrop": 0.05,
     "hidden_dropout": 0.11,
     "attention_dropout": 0.12,
@@ -39,22 +27,12 @@ SIZES = {
     "feat_proj_dropout": 0.14,
     "feat_quantizer_dropout": 0.15,
 }
-STYLES: dict[str, dict[str, Any]] = {
-    "base": {"feat_extract_norm": "group", "conv_bias": False, "do_stable_layer_norm": False},
-    "large": {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True},
-}
 LETTERS = "| E T A O N".split()
 
 
 def made(task: str, style: str) -> Any:
-    kind = {"ctc": transformers.Wav2Vec2ForCTC, "contrastive": transformers.Wav2Vec2ForPreTraining}[task]
-    torch.manual_seed(0)
     vocabulary = {"vocab_size": 4 + len(LETTERS)} if task == "ctc" else {}
-    model = kind(transformers.Wav2Vec2Config(**SIZES, **STYLES[style], **vocabulary)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return speech.model(task, **speech.STYLES[style], **DROPOUTS, **vocabulary)
 
 
 def fairseq_name(name: str, layer_norms: bool) -> str:
@@ -95,35 +73,36 @@ def fairseq_name(name: str, layer_norms: bool) -> str:
     return name
 
 
-def settings(style: str) -> dict[str, Any]:
-    """fairseq's Wav2Vec2Config of `SIZES`."""
+def settings(config: Any) -> dict[str, Any]:
+    """fairseq's Wav2Vec2Config of a model of transformers."""
+    first, *others = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
     return {
         "_name": "wav2vec2",
-        "extractor_mode": "layer_norm" if style == "large" else "default",
-        "encoder_layers": 2,
-        "encoder_embed_dim": 32,
-        "encoder_ffn_embed_dim": 48,
-        "encoder_attention_heads": 4,
+        "extractor_mode": "layer_norm" if config.feat_extract_norm == "layer" else "default",
+        "encoder_layers": config.num_hidden_layers,
+        "encoder_embed_dim": config.hidden_size,
+        "encoder_ffn_embed_dim": config.intermediate_size,
+        "encoder_attention_heads": config.num_attention_heads,
         "activation_fn": "gelu",
-        "dropout": 0.11,
-        "attention_dropout": 0.12,
-        "activation_dropout": 0.13,
-        "encoder_layerdrop": 0.05,
-        "dropout_input": 0.14,
-        "dropout_features": 0.15,
-        "final_dim": 10,
-        "layer_norm_first": style == "large",
-        "conv_feature_layers": "[(8, 10, 5)] + [(8, 3, 2)] + [(12, 2, 2)] * 1",
-        "conv_bias": style == "large",
-        "conv_pos": 6,
-        "conv_pos_groups": 2,
+        "dropout": config.hidden_dropout,
+        "attention_dropout": config.attention_dropout,
+        "activation_dropout": config.activation_dropout,
+        "encoder_layerdrop": config.layerdrop,
+        "dropout_input": config.feat_proj_dropout,
+        "dropout_features": config.feat_quantizer_dropout,
+        "final_dim": config.proj_codevector_dim,
+        "layer_norm_first": config.do_stable_layer_norm,
+        "conv_feature_layers": f"[{first}] + {others} * 1",
+        "conv_bias": config.conv_bias,
+        "conv_pos": config.num_conv_pos_embeddings,
+        "conv_pos_groups": config.num_conv_pos_embedding_groups,
         "mask_prob": 0.65,
         "mask_length": 7,
         "mask_channel_prob": 0.25,
         "mask_channel_length": 9,
-        "latent_vars": 5,
-        "latent_groups": 2,
-        "latent_dim": 14,
+        "latent_vars": config.num_codevectors_per_group,
+        "latent_groups": config.num_codevector_groups,
+        "latent_dim": config.codevector_dim,
         "quantize_input": False,
         "same_quantizer": False,
         "target_glu": False,
@@ -144,7 +123,7 @@ def content_of(task: str, style: str, *, hydra: bool = True, **changed: Any) -> 
     """What fairseq would save of a model of transformers, and that model."""
     model = made(task, style)
     tensors = {fairseq_name(name, style == "large"): value.detach() for name, value in model.named_parameters()}
-    arguments = settings(style) | changed
+    arguments = settings(model.config) | changed
     if task == "ctc":
         tensors = {
             f"w2v_encoder.{name}" if name.startswith("proj.") else f"w2v_encoder.w2v_model.{name}": value
@@ -194,9 +173,10 @@ def test_wav2vec2(task: str, style: str, hydra: bool, tmp_path: Path) -> None:
     ours = type(theirs).from_pretrained(tmp_path / "hf")
     for name, parameter in theirs.named_parameters():
         assert (ours.get_parameter(name) == parameter).all(), name
-    for key, value in (SIZES | STYLES[style]).items():
-        if task == "contrastive" or "code" not in key:
-            assert getattr(ours.config, key) == value, key
+    sizes = speech.SIZES.keys() - {"vocab_size", "classifier_proj_size"}  # of other heads
+    sizes |= speech.QUANTIZER.keys() if task == "contrastive" else set()
+    for key in (*sizes, *speech.STYLES["large"], *DROPOUTS):
+        assert getattr(ours.config, key) == getattr(theirs.config, key), key
     heard = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
     assert (heard.do_normalize, heard.return_attention_mask) == (style == "large", style == "large")
     if task == "ctc":

@@ -182,7 +182,7 @@ def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(tmp_path: Pat
     refused(r"bert_model\.ckpt\.index: 1 weight.*\n.*unexpected bert\.encoder\.layer\.0\.adapter\.weight \[2, 2\]")
     lacking = {name: array for name, array in found.items() if "pooler" not in name}
     write_bundle(google / "bert_model.ckpt", lacking)
-    refused("is a BertForPreTraining without weights for pooler, and a conversion makes none up")
+    refused("is a BertForPreTraining without weights for pooler, and none are made up here")
     write_bundle(google / "bert_model.ckpt", {"albert/x": np.zeros(2)})
     refused("is neither a BERT nor an ELECTRA; it holds albert/x")
     write_bundle(google / "bert_model.ckpt", {"electra/embeddings/word_embeddings": np.zeros((2, 2))})
