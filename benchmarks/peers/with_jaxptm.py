@@ -13,6 +13,7 @@ keep_freed_memory()
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from turns import serve
 from work import CHARACTERS, CLIP, DROPOUTS, EPSILON, LEARNING_RATE, MASK, WEIGHT_DECAY, Work, batch, named
 
@@ -81,6 +82,7 @@ def main() -> None:
     params = jax.jit(objective.init)(jax.random.key(0))
     transform = optimizer(adam, 1000, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))  # where steps leave it, or it compiles twice
     update = make_update(objective, transform, jax.random.key(1), 1, mapped_axis(mesh, layout.mode))
     compiled: Any = compile_update(update, mesh, layout.mode, jax.eval_shape(lambda: state))
     arrays = batch(work)
