@@ -1,6 +1,7 @@
 # make quickstart   pre-train a small BERT on the English that ships with Python
 # make test         run the tests
 # make lint         check style and types
+# make docs         build the documentation in site/, and fail on any warning
 # make bench-check  measure the training steps that benchmarks/peers/ratios.json has again, beside torch
 # Each sets up .venv by itself. Another interpreter: make PYTHON=python3.12 test
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: quickstart test lint bench-check clean
+.PHONY: quickstart test lint docs bench-check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.run
@@ -26,11 +27,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench-check: $(VENV)/.test
 	$(BIN)/python benchmarks/peers/compare.py --check benchmarks/peers/ratios.json
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp a set of dependencies: nothing is installed again until pyproject.toml changes.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxptm.hf.flax import read_flax, torch_name
 from jaxptm.types import JaxptmError
 
 TOKENIZER_FILES = (
@@ -28,7 +29,12 @@ POOLING_FILES = ("modules.json", "sentence_*_config.json", "*_Pooling/config.jso
 """How sentence-transformers makes one vector of a text."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """What is done to audio before a model hears it."""
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = tuple(
+    f"{name}{suffix}"
+    for name in ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")
+    for suffix in ("", ".index.json")
+)
+"""In the order in which they are looked for; a pickle comes last."""
 
 
 def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -50,9 +56,11 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
 
     small = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES)
     try:
-        path = Path(snapshot_download(name, allow_patterns=[*small, "model*.safetensors*"]))
-        if not any(path.glob("model*.safetensors*")):
-            snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
+        path = Path(snapshot_download(name, allow_patterns=list(small)))
+        for weights in ("model*.safetensors*", "flax_model*.msgpack*", "pytorch_model*.bin*"):
+            snapshot_download(name, allow_patterns=[weights])
+            if any(path.glob(weights)):
+                break
         return path
     except Exception as error:  # huggingface_hub and the HTTP library under it raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -75,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All weights of a directory, from safetensors (preferred) or, when torch is present, `pytorch_model.bin`.
+    """All weights of a directory under their names in safetensors, from the first of `WEIGHTS` that is there.
 
     Raises:
         JaxptmError: no weights, a shard that the index names is missing, a truncated or foreign file.
@@ -89,6 +97,8 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
         shards = read_json(file).get("weight_map")
         if not isinstance(shards, dict):
             raise JaxptmError(f"{file}: has no `weight_map`; download the checkpoint again.")
+        if name.startswith("flax_model"):
+            shards = {torch_name(path): shard for path, shard in shards.items()}
         tensors: dict[str, np.ndarray] = {}
         for shard in sorted(set(shards.values())):
             if not (directory / shard).exists():
@@ -173,6 +183,8 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
 def _read_file(file: Path) -> dict[str, np.ndarray]:
     if file.suffix == ".bin":
         return _read_pickle(file)
+    if file.suffix == ".msgpack":
+        return read_flax(file)
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -253,12 +253,12 @@ def test_hub_names_without_a_network(name: str) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kind", ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin"])
 def test_the_hub_is_asked_for_one_kind_of_weights(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pooling = {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
-    there = {"config.json", "vocab.txt", "tf_model.h5", "flax_model.msgpack", kind, "onnx/config.json", *pooling}
+    there = {"config.json", "vocab.txt", "tf_model.h5", "pytorch_model.bin", kind, "onnx/config.json", *pooling}
     if kind == "model.safetensors":
-        there.add("pytorch_model.bin")
+        there.add("flax_model.msgpack")
 
     def download(name: str, allow_patterns: list[str]) -> str:
         assert name == "someone/something"
