@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself: pages from outside of docs/, and formulas without JavaScript.
+"""What MkDocs does not do by itself: pages from outside of docs/, tables of config keys, formulas without JavaScript.
 
 A page keeps the links that work in the repository. On the site a link to another page leads to that page, and one to
 a file that is no page (source, JSON) is left as its text.
@@ -6,19 +6,28 @@ a file that is no page (source, JSON) is left as its text.
 
 from __future__ import annotations
 
+import ast
 import html
+import inspect
+import itertools
+import json
 import posixpath
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
+import jaxptm.config
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "experiments/*/README.md")
 PICTURES = ("docs/pictures/*.svg", "experiments/*/*.png")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+
+KEYS = re.compile(r"<!-- keys: (\w+) (\w*) -->")
 
 
 def in_repository(page: str) -> str:
@@ -64,7 +73,43 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         # A link to nothing at all is left for MkDocs to complain of.
         return text if (ROOT / there).exists() else match[0]
 
-    return LINK.sub(relink, markdown)
+    return LINK.sub(relink, KEYS.sub(lambda match: table_of_keys(*match.groups()), markdown))
+
+
+def table_of_keys(name: str, section: str) -> str:
+    """The keys of a config class of jaxptm: what each takes, its default, and what its docstring says."""
+    kind = getattr(jaxptm.config, name)
+    said: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if issubclass(base, jaxptm.config.Config)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                said[ast.unparse(field.target)] = inspect.cleandoc(str(text.value.value))
+    schema = kind.model_json_schema()
+    rows = ["| key | takes | default | |", "| --- | --- | --- | --- |"]
+    for key, field in schema["properties"].items():
+        if key in said or "$ref" not in json.dumps(field):  # a part of its own has its own table
+            default = "required" if key in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
+            meaning = " ".join(said.get(key, "").split()).replace("|", "\\|")
+            rows.append(f"| `{section}{'.' if section else ''}{key}` | {takes(field)} | {default} | {meaning} |")
+    return f"{inspect.getdoc(kind)}\n\n" + "\n".join(rows)
+
+
+def takes(schema: dict[str, Any]) -> str:
+    """What a value has to be, in words."""
+    if "anyOf" in schema:
+        return ", ".join(dict.fromkeys(takes(one) for one in schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        return ", ".join(
+            f"`{json.dumps(value)}`".replace('"', "") for value in schema.get("enum", [schema.get("const")])
+        )
+    if schema.get("type") == "array":
+        return f"list of {takes(schema.get('items', {}))}"
+    limits = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    bounds = [f" {sign} {schema[name]:g}" for name, sign in limits.items() if name in schema]
+    names = {"boolean": "`true`, `false`", "null": "`null`", "object": "fields"}
+    kind = schema.get("type", "any")
+    return f"{names.get(kind, kind)}{','.join(bounds)}"
 
 
 def on_page_content(content: str, **_: Any) -> str:

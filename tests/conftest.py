@@ -45,3 +45,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is absent")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that holds whatever a reader of the documentation has; see `tests/reader.py`."""
+    from reader import furnish
+
+    home = tmp_path_factory.mktemp("reader")
+    furnish(home)
+    return home

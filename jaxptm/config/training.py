@@ -133,7 +133,7 @@ class TrainConfig(Config):
     """Weights to start from: a Hugging Face directory or hub name, or `model/` of a run. Fine-tuning begins with those
     of `model` where this is absent and `model` names some; null is for random ones."""
     out: str
-    """The run directory; it may be one in a bucket, `gs://bucket/runs/name`."""
+    """The run directory, by default `runs/<name of the YAML file>`; it may be one in a bucket, `gs://bucket/runs/name`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -21,7 +21,7 @@ def torch_name(path: str) -> str:
 def read_flax(file: Path) -> dict[str, np.ndarray]:
     """The tensors of a file under their names in safetensors, and with the axes that they have there.
 
-    Kernels are the other way round: (in, out) becomes (out, in), and (width, in, out) of a convolution (out, in, width).
+    Kernels are turned: (in, out) becomes (out, in), and of a convolution (width, in, out) becomes (out, in, width).
 
     Raises:
         JaxptmError: the file is truncated or something else.
@@ -34,8 +34,8 @@ def read_flax(file: Path) -> dict[str, np.ndarray]:
         return {torch_name(path): _turned(path, np.asarray(tensor)) for path, tensor in tensors.items()}
     except Exception as error:  # msgpack and flax raise many kinds, down to KeyError
         raise JaxptmError(
-            f"{file}: is no complete file of Flax parameters ({type(error).__name__}: {error}); it may be truncated, a Git "
-            "LFS pointer, or foreign. Download it again."
+            f"{file}: is no complete file of Flax parameters ({type(error).__name__}: {error}); it may be truncated, a "
+            "Git LFS pointer, or foreign. Download it again."
         ) from error
 
 

@@ -1,0 +1,146 @@
+"""Trains the arms of an experiment, several seeds each, and puts them side by side.
+
+    python experiments/arms.py FOLDER OUT [--seeds 3] [--jobs 1] [key.key=value ...]
+
+FOLDER holds `config.yaml`, what all arms share, and `arms.yaml`: the figure that is compared, and of each arm the keys
+that differ. Runs lie in OUT/<arm>/seed_<n>; what is finished is not run again, what was interrupted goes on. OUT gets
+`arms.json` (every figure), `arms.md` (the table) and at the end `arms.png` (the curves). Keys on the command line hold
+for all arms. With `--jobs` several runs go at once, each on its share of the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import yaml
+
+from jaxptm.metrics import read_metrics
+
+
+def command(folder: Path, run: Path, seed: int, overrides: list[str]) -> list[str]:
+    """How a run is started."""
+    train = [sys.executable, "-m", "jaxptm.cli", "train", str(folder / "config.yaml")]
+    return [*train, *overrides, f"train.seed={seed}", f"out={run}"]
+
+
+def finished(out: Path, arm: str) -> Iterator[Path]:
+    """The directories of the runs of an arm that have come to their end, in the order of the seeds."""
+    found = (path.parent for path in (out / arm).glob("seed_*/results.json"))
+    return iter(sorted(found, key=lambda run: int(run.name.removeprefix("seed_"))))
+
+
+def summary(out: Path, experiment: dict[str, Any]) -> dict[str, Any]:
+    """Of each arm its keys, the figure of every seed, their median, and seconds a run; versions and devices."""
+    said: dict[str, Any] = {"figure": experiment["figure"], "arms": {}}
+    for arm, keys in experiment["arms"].items():
+        results = {
+            run.name.removeprefix("seed_"): json.loads((run / "results.json").read_text()) for run in finished(out, arm)
+        }
+        if not results:
+            continue
+        figures = {seed: result["eval"][experiment["figure"]] for seed, result in results.items()}
+        said["arms"][arm] = {
+            "keys": keys,
+            "figures": figures,
+            "median": statistics.median(figures.values()),
+            "seconds": [round(result["seconds"]) for result in results.values()],
+        }
+        said |= {key: results[min(results)][key] for key in ("versions", "devices")}
+    return said
+
+
+def table(said: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    lines = [f"| arm | {said['figure']}, median | each seed | seconds a run |", "|---|---|---|---|"]
+    for arm, one in said["arms"].items():
+        values = ", ".join(f"{value:.4f}" for value in one["figures"].values())
+        lines.append(f"| {arm} | {one['median']:.4f} | {values} | {statistics.median(one['seconds']):.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(out: Path, experiment: dict[str, Any], picture: Path) -> None:
+    """The figure against the steps: of each arm the median of its seeds, and from the least to the largest."""
+    name = f"eval/{experiment['figure']}"
+    figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for arm in experiment["arms"]:
+        runs = [
+            {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if name in line}
+            for run in finished(out, arm)
+        ]
+        if not runs:
+            continue
+        steps = sorted(set.intersection(*map(set, runs)))
+        values = [[run[step] for run in runs] for step in steps]
+        (line,) = panel.plot(steps, [statistics.median(each) for each in values], "o-", markersize=3, label=arm)
+        panel.fill_between(
+            steps, [min(each) for each in values], [max(each) for each in values], alpha=0.2, color=line.get_color()
+        )
+    panel.set(xlabel="Step", ylabel=experiment["figure"])
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs what is missing, and writes what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.key=value")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    arguments = parser.parse_intermixed_args()
+    experiment = yaml.safe_load((arguments.folder / "arms.yaml").read_text())
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // arguments.jobs)
+    shares: SimpleQueue[set[int]] = SimpleQueue()
+    for job in range(arguments.jobs):
+        shares.put(set(cores[job * share : (job + 1) * share]) or set(cores))
+
+    def run(arm: str, seed: int) -> None:
+        directory = arguments.out / arm / f"seed_{seed}"
+        if (directory / "results.json").exists():
+            return
+        mine = shares.get()
+        keys = [*experiment["arms"][arm], *arguments.overrides]
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "output.txt").open("a") as output:
+            subprocess.run(
+                command(arguments.folder, directory, seed, keys),
+                check=True,
+                stdout=output,
+                stderr=output,
+                preexec_fn=lambda: os.sched_setaffinity(0, mine),
+            )
+        shares.put(mine)
+        said = summary(arguments.out, experiment)
+        (arguments.out / "arms.json").write_text(json.dumps(said, indent=2) + "\n")
+        (arguments.out / "arms.md").write_text(table(said))
+        print(f"{arm}, seed {seed}: {said['arms'][arm]['figures'][str(seed)]:.4f}", flush=True)
+
+    # Seed by seed, so that what is there at any time compares all arms.
+    runs = [(arm, seed) for seed in range(arguments.seeds) for arm in experiment["arms"]]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for done in [pool.submit(run, *each) for each in runs]:
+            done.result()
+    print(table(summary(arguments.out, experiment)), end="")
+    draw(arguments.out, experiment, arguments.out / "arms.png")
+
+
+if __name__ == "__main__":
+    main()
