@@ -3,7 +3,7 @@
     python experiments/arms.py FOLDER OUT [--seeds 3] [--jobs 1] [key.key=value ...]
 
 FOLDER holds `config.yaml`, what all arms share, and `arms.yaml`: the figure that is compared, and of each arm the keys
-that differ. Runs lie in OUT/<arm>/seed_<n>; what is finished is not run again, what was interrupted goes on. OUT gets
+that differ. Runs lie in OUT/<arm>_seed_<n>; what is finished is not run again, what was interrupted goes on. OUT gets
 `arms.json` (every figure), `arms.md` (the table) and at the end `arms.png` (the curves). Keys on the command line hold
 for all arms. With `--jobs` several runs go at once, each on its share of the cores.
 """
@@ -16,7 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,35 +31,39 @@ import yaml
 from jaxptm.metrics import read_metrics
 
 
-def command(folder: Path, run: Path, seed: int, overrides: list[str]) -> list[str]:
-    """How a run is started."""
-    train = [sys.executable, "-m", "jaxptm.cli", "train", str(folder / "config.yaml")]
-    return [*train, *overrides, f"train.seed={seed}", f"out={run}"]
+def command(what: str, folder: Path, run: Path, *overrides: str) -> list[str]:
+    """How jaxptm is started."""
+    return [sys.executable, "-m", "jaxptm.cli", what, str(folder / "config.yaml"), *overrides, f"out={run}"]
 
 
-def finished(out: Path, arm: str) -> Iterator[Path]:
-    """The directories of the runs of an arm that have come to their end, in the order of the seeds."""
-    found = (path.parent for path in (out / arm).glob("seed_*/results.json"))
-    return iter(sorted(found, key=lambda run: int(run.name.removeprefix("seed_"))))
+def prepare(folder: Path, out: Path, arms: Iterable[list[str]], overrides: list[str]) -> None:
+    """Tokenises or decodes once what several runs at once would each."""
+    for keys in {tuple(key for key in arm if key.startswith("data.")) for arm in arms}:
+        subprocess.run(command("prepare", folder, out / "prepared", *keys, *overrides), check=True)
+
+
+def finished(out: Path, arm: str) -> dict[int, Path]:
+    """The directories of the runs of an arm that have come to their end, by seed."""
+    found = (path.parent for path in out.glob("*/results.json"))
+    seeds = {int(run.name.rpartition("_")[2]): run for run in found if run.name.rpartition("_seed_")[0] == arm}
+    return dict(sorted(seeds.items()))
 
 
 def summary(out: Path, experiment: dict[str, Any]) -> dict[str, Any]:
     """Of each arm its keys, the figure of every seed, their median, and seconds a run; versions and devices."""
     said: dict[str, Any] = {"figure": experiment["figure"], "arms": {}}
     for arm, keys in experiment["arms"].items():
-        results = {
-            run.name.removeprefix("seed_"): json.loads((run / "results.json").read_text()) for run in finished(out, arm)
-        }
+        results = {seed: json.loads((run / "results.json").read_text()) for seed, run in finished(out, arm).items()}
         if not results:
             continue
-        figures = {seed: result["eval"][experiment["figure"]] for seed, result in results.items()}
+        figures = {str(seed): result["eval"][experiment["figure"]] for seed, result in results.items()}
         said["arms"][arm] = {
             "keys": keys,
             "figures": figures,
             "median": statistics.median(figures.values()),
             "seconds": [round(result["seconds"]) for result in results.values()],
         }
-        said |= {key: results[min(results)][key] for key in ("versions", "devices")}
+        said |= {key: results[next(iter(results))][key] for key in ("versions", "devices")}
     return said
 
 
@@ -79,7 +83,7 @@ def draw(out: Path, experiment: dict[str, Any], picture: Path) -> None:
     for arm in experiment["arms"]:
         runs = [
             {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if name in line}
-            for run in finished(out, arm)
+            for run in finished(out, arm).values()
         ]
         if not runs:
             continue
@@ -106,39 +110,37 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_intermixed_args()
     experiment = yaml.safe_load((arguments.folder / "arms.yaml").read_text())
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // arguments.jobs)
-    shares: SimpleQueue[set[int]] = SimpleQueue()
-    for job in range(arguments.jobs):
-        shares.put(set(cores[job * share : (job + 1) * share]) or set(cores))
+    prepare(arguments.folder, arguments.out, experiment["arms"].values(), arguments.overrides)
 
-    def run(arm: str, seed: int) -> None:
-        directory = arguments.out / arm / f"seed_{seed}"
-        if (directory / "results.json").exists():
-            return
-        mine = shares.get()
-        keys = [*experiment["arms"][arm], *arguments.overrides]
+    def run(arm: str, seed: int) -> str:
+        directory = arguments.out / f"{arm}_seed_{seed}"
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "output.txt").open("a") as output:
-            subprocess.run(
-                command(arguments.folder, directory, seed, keys),
-                check=True,
-                stdout=output,
-                stderr=output,
-                preexec_fn=lambda: os.sched_setaffinity(0, mine),
-            )
-        shares.put(mine)
-        said = summary(arguments.out, experiment)
-        (arguments.out / "arms.json").write_text(json.dumps(said, indent=2) + "\n")
-        (arguments.out / "arms.md").write_text(table(said))
-        print(f"{arm}, seed {seed}: {said['arms'][arm]['figures'][str(seed)]:.4f}", flush=True)
+        if not (directory / "results.json").exists():
+            keys = [*experiment["arms"][arm], *arguments.overrides, f"train.seed={seed}"]
+            with (directory / "output.txt").open("a") as output:
+                train = command("train", arguments.folder, directory, *keys)
+                if subprocess.run(train, stdout=output, stderr=output).returncode:
+                    raise RuntimeError(f"{arm}, seed {seed} failed: {directory / 'output.txt'} says why.")
+        return f"{arm}, seed {seed}"
 
-    # Seed by seed, so that what is there at any time compares all arms.
+    # Seed by seed, so that what is there at any time compares all arms. A thread's cores are those of what it starts.
     runs = [(arm, seed) for seed in range(arguments.seeds) for arm in experiment["arms"]]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    shares: SimpleQueue[list[int]] = SimpleQueue()
+    cores = sorted(os.sched_getaffinity(0))
+    for job in range(arguments.jobs):
+        shares.put(cores[job % len(cores) :: arguments.jobs])
+    pool = ThreadPoolExecutor(arguments.jobs, initializer=lambda: os.sched_setaffinity(0, shares.get()))
+    try:
         for done in [pool.submit(run, *each) for each in runs]:
-            done.result()
-    print(table(summary(arguments.out, experiment)), end="")
+            print(done.result(), flush=True)
+            said = summary(arguments.out, experiment)
+            (arguments.out / "arms.json").write_text(json.dumps(said, indent=2) + "\n")
+            (arguments.out / "arms.md").write_text(table(said))
+    except RuntimeError as error:
+        sys.exit(str(error))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print(table(said), end="")
     draw(arguments.out, experiment, arguments.out / "arms.png")
 
 

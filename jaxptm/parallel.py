@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -278,10 +279,11 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
+@cache
 def matmul_ceiling(dtype: np.dtype) -> float:
     """Floating point operations a second of a large square matrix product on the first device: what utilisation is of.
 
-    The best of a few; takes well under a second on an accelerator and on a laptop.
+    The best of a few, measured once a process; takes well under a second on an accelerator and on a laptop.
     """
     size = 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])

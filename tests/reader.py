@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from original.test_fairseq import content_of
 from original.test_fairseq import save as save_fairseq
 from recorded import tone, write_audio
@@ -18,7 +19,7 @@ from jaxptm.config import AudioData, TrainConfig, load_config, validate
 from jaxptm.data.characters import Characters
 from jaxptm.data.tokenizer import train_bpe, train_wordpiece
 from jaxptm.models import PRESETS
-from jaxptm.models.params import initialise
+from jaxptm.models.params import abstract_params
 from jaxptm.nn.core import Execution
 from jaxptm.pretrained import Model
 from jaxptm.training import train
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["The chef ate the meal for his guests.", "A gripping film.", "Dull from end to end.", "He opened the door."]
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
@@ -45,27 +46,31 @@ MODELS = {
     "runs/sst2/model": ("bert-tiny", "sequence-classification"),
     "runs/wav2vec2_tiny/model": ("wav2vec2-tiny", "contrastive"),
 }
-SHORT = {"steps": 2, "epochs": None, "batch_size": 4, "log_every": 1, "eval_every": 2, "checkpoint_every": 2}
+SHORT = {"steps": 1, "epochs": None, "batch_size": 4, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
 
 
 def save(name: str, preset: str, task: str | None, directory: Path) -> None:
     """A model of random weights under the name of a real one."""
     family, config = PRESETS[preset]
-    tokenizer: Any
-    if task == "ctc":
-        tokenizer = Characters.of_texts(TEXTS)
-        changes: dict[str, Any] = {"vocab_size": len(tokenizer)}
-    else:
+    tokenizer: Any = None
+    changes: dict[str, Any] = {}
+    if not preset.startswith("wav2vec2"):
         byte_level = preset.startswith(("roberta", "gpt2"))
         tokenizer = train_bpe(TEXTS, 400) if byte_level else train_wordpiece(TEXTS * 2, 120)
         changes = SMALL | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         if preset.startswith("electra"):
             changes["embedding_size"] = 32
+    elif task == "ctc":
+        tokenizer = Characters.of_texts(TEXTS)
+        changes = {"vocab_size": len(tokenizer)}
     config = type(config).model_validate(config.model_dump() | changes)
     module = family.module(config, task, Execution())
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: draw.normal(0, 0.1, leaf.shape).astype(leaf.dtype), abstract_params(module))
     target = directory / name
-    Model(family, config, task, module, initialise(module, jax.random.key(0))).save_pretrained(target)
-    (tokenizer.save if task == "ctc" else tokenizer.save_pretrained)(target)
+    Model(family, config, task, module, params).save_pretrained(target)
+    if tokenizer is not None:
+        (tokenizer.save if task == "ctc" else tokenizer.save_pretrained)(target)
 
 
 def furnish(home: Path) -> None:
@@ -113,13 +118,12 @@ def furnish(home: Path) -> None:
     train_wordpiece([(home / "corpus.txt").read_text()], 200).save_pretrained(home / "trained")
     vocabulary = json.loads((home / "trained/tokenizer.json").read_text())["model"]["vocab"]
     (home / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n")
-    spoken = [
-        (f"audio/{n}.wav", text.upper().strip(".")) for n, text in enumerate(("a film", "the door", "he ate"))
-    ] * 2
-    for name, _ in spoken:
-        write_audio(home / name, tone(2.0))
-    for name in ("train.tsv", "dev.tsv"):
-        write_table(home / name, [list(row) for row in spoken])
+    said = [text.upper() for text in ("a film", "the door", "he ate")] * 2
+    for split in ("train", "dev"):
+        spoken = [(f"audio/{split}_{number}.wav", text) for number, text in enumerate(said)]
+        for name, _ in spoken:
+            write_audio(home / name, tone(2.0))
+        write_table(home / f"{split}.tsv", [list(row) for row in spoken])
     lines = (json.dumps({"path": path, "label": text.split()[0]}) for path, text in spoken * 2)
     (home / "words.jsonl").write_text("\n".join(lines) + "\n")
     shutil.copytree(home / "audio", home / "LibriSpeech/train-clean-100")
@@ -134,7 +138,7 @@ def write_table(path: Path, rows: list[list[str]]) -> None:
 
 
 def shortly(config: Any) -> dict[str, Any]:
-    """`jaxptm.train`, for two steps."""
+    """`jaxptm.train`, for a step."""
     if isinstance(config, dict):
         config = validate(TrainConfig, config, "config")
     elif not isinstance(config, TrainConfig):
@@ -144,7 +148,7 @@ def shortly(config: Any) -> dict[str, Any]:
     if isinstance(config.data, AudioData):
         sizes = {}
     fields |= sizes
-    fields["train"] |= SHORT
+    fields["train"] |= SHORT | ({} if config.train.eval_batches is None else {"eval_batches": 1})
     fields["optimizer"] |= {"warmup": 0}
     fields["parallel"] = {"data": 1}
     return train(validate(TrainConfig, fields, "config"))

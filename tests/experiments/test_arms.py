@@ -43,10 +43,10 @@ def test_two_arms_with_two_seeds(tmp_path: Path) -> None:
         one = said["arms"][arm]
         assert one["keys"] == keys and one["figures"].keys() == {"0", "1"}
         for seed, value in one["figures"].items():
-            results = json.loads((out / arm / f"seed_{seed}/results.json").read_text())
+            results = json.loads((out / f"{arm}_seed_{seed}/results.json").read_text())
             assert value == results["eval"]["mlm_loss"] and results["config"]["train"]["eval_batches"] == 2
             assert arm in (out / "arms.md").read_text() and f"{value:.4f}" in (out / "arms.md").read_text()
     assert (out / "arms.png").stat().st_size > 5000
-    written = {path: path.stat().st_mtime_ns for path in out.glob("*/*/results.json")}
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
     subprocess.run(command, check=True, env=environment)
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/results.json")} == written
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")} == written
