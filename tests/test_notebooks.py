@@ -13,14 +13,14 @@ from nbclient import NotebookClient
 from reader import ROOT, SMALL, TEXTS
 
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = {"BATCH": 4, "STEPS": 4}
+QUICK = {"BATCH": 8, "STEPS": 2}
 PARAMETERS: dict[str, dict[str, Any]] = {
     "pretrain_bert": {
         **QUICK, "FILES": "corpus.txt", "MODEL": {"preset": "bert-tiny", **SMALL}, "VOCABULARY": 120, "LENGTH": 32,
         "SENTENCE": "the [MASK] is",
     },
     "fine_tune": {
-        "MODEL": "my-bert", "TABLE": "reviews.csv", "TEXT": "review", "LABEL": "stars", "EPOCHS": 1, "BATCH": 4,
+        "MODEL": "my-bert", "TABLE": "reviews.csv", "TEXT": "review", "LABEL": "stars", "EPOCHS": 1, "BATCH": 8,
         "TEXTS": TEXTS[:2],
     },
     "electra": {

@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import yaml
-from test_training import write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
+from experiments import arms
+from jaxptm.config import load_config
+
+FOLDER = Path(arms.__file__).parent / "optimizers"
+ARMS = {"slow": ["optimizer.learning_rate=1e-4"], "LAMB, fast": ["optimizer.name=lamb", "optimizer.learning_rate=0.1"]}
 
 
-def test_two_arms_with_two_seeds(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus.txt")
-    config = yaml.safe_load((ROOT / "experiments/optimizers/config.yaml").read_text())
-    config["model"] |= {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-    config["data"] |= {"files": str(tmp_path / "corpus.txt"), "vocab_size": 120, "eval_fraction": 0.2}
-    config["train"] |= {"steps": 2, "batch_size": 4, "log_every": 1, "eval_every": 1, "checkpoint_every": 2}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    arms = {
-        "slow": ["optimizer.learning_rate=1e-4"],
-        "LAMB, fast": ["optimizer.name=lamb", "optimizer.learning_rate=0.1"],
-    }
-    (tmp_path / "arms.yaml").write_text(yaml.safe_dump({"figure": "mlm_loss", "arms": arms}))
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        str(ROOT / "experiments/arms.py"),
-        str(tmp_path),
-        str(out),
-        "--seeds",
-        "2",
-        "train.eval_batches=2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, env=environment)
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was trained; in the place of `jaxptm train`, its config is read and results are made up of it."""
+    (tmp_path / "config.yaml").write_text((FOLDER / "config.yaml").read_text())
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump({"figure": "mlm_loss", "arms": ARMS}))
+    done: list[str] = []
+
+    def run(words: list[str], **_: Any) -> Any:
+        what, *rest = words[words.index("jaxptm.cli") + 1 :]
+        config = load_config(rest[0], rest[1:])
+        if what == "train":
+            assert config.train.steps == 7
+            if config.optimizer.learning_rate > 1:
+                return SimpleNamespace(returncode=1)
+            out, loss = Path(config.out), config.optimizer.learning_rate + config.train.seed
+            lines = [{"step": step, "eval/mlm_loss": loss + 1 / step} for step in (1, 2)]
+            (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            said = {"eval": {"mlm_loss": loss}, "seconds": 3.2, "versions": {"jax": "0"}, "devices": ["cpu"]}
+            (out / "results.partial").write_text(json.dumps(said))
+            (out / "results.partial").replace(out / "results.json")
+            done.append(out.name)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return done
+
+
+def start(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> Path:
+    monkeypatch.setattr(sys, "argv", ["arms.py", str(folder), str(folder / "out"), *words, "train.steps=7"])
+    (folder / "out").mkdir(exist_ok=True)
+    arms.main()
+    return folder / "out"
+
+
+def test_every_seed_of_every_arm(trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = start(monkeypatch, tmp_path, "--seeds", "2", "--jobs", "2")
+    assert sorted(trained) == ["LAMB, fast_seed_0", "LAMB, fast_seed_1", "slow_seed_0", "slow_seed_1"]
     said = json.loads((out / "arms.json").read_text())
-    for arm, keys in arms.items():
-        one = said["arms"][arm]
-        assert one["keys"] == keys and one["figures"].keys() == {"0", "1"}
-        for seed, value in one["figures"].items():
-            results = json.loads((out / f"{arm}_seed_{seed}/results.json").read_text())
-            assert value == results["eval"]["mlm_loss"] and results["config"]["train"]["eval_batches"] == 2
-            assert arm in (out / "arms.md").read_text() and f"{value:.4f}" in (out / "arms.md").read_text()
+    assert said["figure"] == "mlm_loss" and said["devices"] == ["cpu"]
+    assert said["arms"]["slow"] == {
+        "keys": ARMS["slow"],
+        "figures": {"0": 1e-4, "1": 1.0001},
+        "median": 0.5001,
+        "seconds": [3, 3],
+    }
+    assert "| LAMB, fast | 0.6000 | 0.1000, 1.1000 | 3 |" in (out / "arms.md").read_text()
     assert (out / "arms.png").stat().st_size > 5000
-    written = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
-    subprocess.run(command, check=True, env=environment)
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")} == written
+    start(monkeypatch, tmp_path, "--seeds", "3")
+    assert sorted(trained[4:]) == ["LAMB, fast_seed_2", "slow_seed_2"]
+
+
+def test_a_run_that_fails_is_named(trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"slow": ARMS["slow"], "mad": ["optimizer.learning_rate=10"], "LAMB": ARMS["LAMB, fast"]}
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump({"figure": "mlm_loss", "arms": broken}, sort_keys=False))
+    with pytest.raises(SystemExit, match=r"mad, seed 0 failed: .*output\.txt says why"):
+        start(monkeypatch, tmp_path)
+    assert trained[0] == "slow_seed_0"
+    assert json.loads((tmp_path / "out/arms.json").read_text())["arms"].keys() == {"slow"}
