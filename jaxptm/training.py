@@ -123,6 +123,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             window = Window(run, start, peak=mesh.size * matmul_ceiling(jnp.dtype(loop.dtype)))
             alarms = Alarms(run, progress)
             clock = time.perf_counter() - seconds
+            predictions, told = run.directory / "predictions", False
             ahead = 0 if best.enough else run.steps - start
             source = batches(run.train, loop.batch_size, start, ahead, rows)
             for step, batch in enumerate(source, start + 1):
@@ -135,8 +136,11 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 record: dict[str, float] = {}
                 evaluation: dict[str, float] = {}
                 if run.held_out and (step == run.steps or step % eval_every == 0):
+                    told = (
+                        step == run.steps and loop.export == "last"
+                    )  # of these parameters there is nothing more to say
                     with window.paused():
-                        evaluation = evaluate(state.params)
+                        evaluation = evaluate(state.params, predictions if told else None)
                     record = {f"eval/{name}": value for name, value in evaluation.items()}
                 improved = best.note(evaluation)
                 last = stop.requested(step) or step == run.steps or best.enough
@@ -173,8 +177,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             with together():
                 mirror.push()
             return {"finished": False, "step": step}
-        if any(part.write for part in run.held_out.values()):
-            evaluate(state.params, run.directory / "predictions")
+        if not told and any(part.write for part in run.held_out.values()):
+            evaluate(state.params, predictions)
         params = gathered(state.params)
         with together():
             if is_main():
