@@ -32,6 +32,13 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 48,
 }
+SMALL_SPEECH: dict[str, Any] = SMALL | {
+    "conv_dim": (16,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "codevector_dim": 16,
+    "proj_codevector_dim": 16,
+}
 MODELS = {
     "bert-base-uncased": ("bert-tiny", "pretraining"),
     "my-bert": ("bert-tiny", "masked-lm"),
@@ -53,7 +60,7 @@ def save(name: str, preset: str, task: str | None, directory: Path) -> None:
     """A model of random weights under the name of a real one."""
     family, config = PRESETS[preset]
     tokenizer: Any = None
-    changes: dict[str, Any] = {}
+    changes = SMALL_SPEECH
     if not preset.startswith("wav2vec2"):
         byte_level = preset.startswith(("roberta", "gpt2"))
         tokenizer = train_bpe(TEXTS, 400) if byte_level else train_wordpiece(TEXTS * 2, 120)
@@ -62,7 +69,7 @@ def save(name: str, preset: str, task: str | None, directory: Path) -> None:
             changes["embedding_size"] = 32
     elif task == "ctc":
         tokenizer = Characters.of_texts(TEXTS)
-        changes = {"vocab_size": len(tokenizer)}
+        changes = SMALL_SPEECH | {"vocab_size": len(tokenizer)}
     config = type(config).model_validate(config.model_dump() | changes)
     module = family.module(config, task, Execution())
     draw = np.random.default_rng(0)
@@ -143,10 +150,9 @@ def shortly(config: Any) -> dict[str, Any]:
         config = validate(TrainConfig, config, "config")
     elif not isinstance(config, TrainConfig):
         config = load_config(config)
-    sizes = {"model": {"preset": config.model, **SMALL}} if config.model in PRESETS else {}
+    small = SMALL_SPEECH if isinstance(config.data, AudioData) else SMALL
+    sizes = {"model": {"preset": config.model, **small}} if config.model in PRESETS else {}
     fields = config.model_dump(mode="json", exclude_unset=True)
-    if isinstance(config.data, AudioData):
-        sizes = {}
     fields |= sizes
     fields["train"] |= SHORT | ({} if config.train.eval_batches is None else {"eval_batches": 1})
     fields["optimizer"] |= {"warmup": 0}
