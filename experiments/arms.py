@@ -109,6 +109,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_intermixed_args()
+    if min(arguments.seeds, arguments.jobs) < 1:
+        parser.error("--seeds and --jobs: at least 1.")
+    if not (arguments.folder / "arms.yaml").is_file():
+        parser.error(f"{arguments.folder}: holds no arms.yaml; name the folder of an experiment.")
     experiment = yaml.safe_load((arguments.folder / "arms.yaml").read_text())
     prepare(arguments.folder, arguments.out, experiment["arms"].values(), arguments.overrides)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxptm.architectures import check_vocabulary, model_config
 from jaxptm.config import (
     AudioData,
     CausalLmConfig,
@@ -38,7 +39,7 @@ from jaxptm.objectives.finetune import (
 from jaxptm.objectives.language import causal_language_model, masked_language_model
 from jaxptm.objectives.speech import contrastive, ctc
 from jaxptm.ops.masking import vocabulary_tables
-from jaxptm.pretrained import Model, check_vocabulary, from_pretrained, model_config
+from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.resolving import count_labels
 from jaxptm.speech import Listener
 from jaxptm.storage import Mirror, is_remote

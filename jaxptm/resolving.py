@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxptm.architectures import read_family
 from jaxptm.config import (
     AudioData,
     FineTuningConfig,
@@ -25,7 +26,6 @@ from jaxptm.data.utterances import find_utterances
 from jaxptm.directories import prepared_directory
 from jaxptm.hf import files
 from jaxptm.models import PRESETS
-from jaxptm.pretrained import read_family
 from jaxptm.types import JaxptmError
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxptm import scoring
+from jaxptm.architectures import model_config
 from jaxptm.config import RATE, AudioData, CtcConfig, TrainConfig
 from jaxptm.data.audio import Preprocessor
 from jaxptm.data.characters import Characters
@@ -19,7 +20,7 @@ from jaxptm.data.recordings import Recordings
 from jaxptm.data.speech import SpeechBuckets, open_speech, transcripts
 from jaxptm.hf import files
 from jaxptm.nn.audio_config import AudioConfig
-from jaxptm.pretrained import Model, model_config
+from jaxptm.pretrained import Model
 from jaxptm.resolving import has_head
 from jaxptm.tasks import Outputs, Score, class_weights
 from jaxptm.transcription import written

@@ -136,9 +136,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 record: dict[str, float] = {}
                 evaluation: dict[str, float] = {}
                 if run.held_out and (step == run.steps or step % eval_every == 0):
-                    told = (
-                        step == run.steps and loop.export == "last"
-                    )  # of these parameters there is nothing more to say
+                    told = step == run.steps and loop.export == "last"  # what `model/` will say, in full
                     with window.paused():
                         evaluation = evaluate(state.params, predictions if told else None)
                     record = {f"eval/{name}": value for name, value in evaluation.items()}

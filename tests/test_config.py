@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jaxptm.architectures import model_config
 from jaxptm.config import RATE, AudioData, TextData, dump_config, load_config, validate
 from jaxptm.optim import schedule
-from jaxptm.pretrained import model_config
 from jaxptm.types import JaxptmError
 
 ROOT = Path(__file__).parents[1]

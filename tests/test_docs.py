@@ -74,7 +74,9 @@ def test_snippet_of_another_library(snippet: str) -> None:
     compile(snippet, "snippet", "exec")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != CLUSTER], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.stem != CLUSTER and code_of(page, "bash")], ids=lambda page: page.stem
+)
 def test_commands(page: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top of a page to its end, as somebody types them."""
     for module in ("jaxptm.training", "jaxptm.glue"):
