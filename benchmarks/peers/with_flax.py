@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import transformers
 from turns import serve
-from work import CLIP, EPSILON, IGNORED, LEARNING_RATE, WEIGHT_DECAY, batch, named
+from work import CLIP, EPSILON, IGNORED, LEARNING_RATE, SIZES, WEIGHT_DECAY, batch, named
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         "causal-lm": (transformers.FlaxGPT2LMHeadModel, transformers.GPT2Config),
     }
     kind, config = kinds[work.objective]
-    model = kind(config(), seed=0)
+    model = kind(config(**SIZES.get(work.preset, {})), seed=0)
     adam = optax.chain(
         optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
     )

@@ -13,18 +13,19 @@ import keras
 import keras_hub
 import numpy as np
 from turns import serve
-from work import CLIP, EPSILON, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY, batch, named
+from work import CLIP, EPSILON, LEARNING_RATE, SIZES, VOCABULARY, WEIGHT_DECAY, batch, named
 
 
 def main() -> None:
     work = named(sys.argv[1])
     assert work.objective == "masked-lm", "KerasHub has a masked LM alone"
+    sizes = SIZES[work.preset]
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=VOCABULARY,
-        num_layers=12,
-        num_heads=12,
-        hidden_dim=768,
-        intermediate_dim=3072,
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        hidden_dim=sizes["hidden_size"],
+        intermediate_dim=sizes["intermediate_size"],
         dropout=0.1,
         max_sequence_length=512,
     )

@@ -26,6 +26,7 @@ from work import (
     IGNORED,
     LEARNING_RATE,
     MASKS,
+    SIZES,
     WEIGHT_DECAY,
     Work,
     batch,
@@ -46,7 +47,8 @@ def loss_of(work: Work, arrays: dict[str, torch.Tensor]) -> tuple[list[torch.nn.
     attention = {"attn_implementation": "sdpa"}
     match work.objective:
         case "masked-lm" | "causal-lm":
-            config = transformers.BertConfig() if work.objective == "masked-lm" else transformers.GPT2Config()
+            of_family = transformers.BertConfig if work.objective == "masked-lm" else transformers.GPT2Config
+            config = of_family(**SIZES.get(work.preset, {}))
             kind = (
                 transformers.AutoModelForMaskedLM
                 if work.objective == "masked-lm"

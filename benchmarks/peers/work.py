@@ -25,6 +25,11 @@ DROPOUTS = {
     "final_dropout": 0.1,
     "layerdrop": 0.0,
 }
+SIZES = {
+    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+"""By preset, under Hugging Face's names; of other presets those of its default configurations."""
 MASKS = {"mask_time_prob": 0.65, "mask_time_length": 10, "mask_feature_prob": 0.5, "mask_feature_length": 64}
 """Of ctc, under Hugging Face's names; contrastive has the first two."""
 
@@ -37,7 +42,7 @@ class Work(NamedTuple):
 
     Attributes:
         objective: as in jaxptm's configs.
-        preset: of jaxptm; the peers' default configurations have the same sizes.
+        preset: of jaxptm.
         rows: of a batch.
         length: of a row, in tokens or in samples of audio.
     """
@@ -51,6 +56,8 @@ class Work(NamedTuple):
 WORK = {
     "bert-base-128": Work("masked-lm", "bert-base", 8, 128),
     "bert-base-512": Work("masked-lm", "bert-base", 2, 512),
+    "bert-large-128": Work("masked-lm", "bert-large", 4, 128),
+    "bert-large-512": Work("masked-lm", "bert-large", 1, 512),
     "electra-small-128": Work("replaced-token", "electra-small", 16, 128),
     "gpt2-small-1024": Work("causal-lm", "gpt2-small", 1, 1024),
     "wav2vec2-base-contrastive": Work("contrastive", "wav2vec2-base", 2, 80_000),

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 
 from jaxptm.config import Config, Positive, Share
+from jaxptm.ops.attention import attention
 from jaxptm.ops.dropout import dropout
 from jaxptm.types import Array, Params
 
@@ -210,12 +211,9 @@ class Attention(Layer):
                 for held, new in ((cache.key, key), (cache.value, value))
             )
             cache = Cache(key, value, cache.start + x.shape[1])
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * width**-0.5, key, preferred_element_type=jnp.float32)
-        if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = nn.softmax(scores).astype(self.execution.dtype)
-        weights = Dropout(self.config.attention_probs_dropout_prob)(weights, train=self.train)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
+        rate = self.config.attention_probs_dropout_prob
+        rng = self.make_rng("dropout") if self.train and rate else None
+        mixed = attention(query, key, value, mask, rng, rate).reshape(x.shape)
         return dense(self.config, self.execution, self.config.hidden_size, "output", residual=True)(mixed), cache
 
 

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Bool, Float, Key
+from jaxtyping import Bool, Float, Key, UInt32
 
 from jaxptm.types import Array
 
@@ -30,22 +30,34 @@ def dropout(x: Float[Array, "B ..."], key: Key[Array, ""], rate: float) -> Float
 def kept(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "B ..."]:
     """True with probability 1 - `rate`, which is met within 2**-32, for each element.
 
-    The hash is `lowbias32` (C. Wellons, hash-prospector): two multiplications between three xor-shifts, which flip
-    half of all bits when any one bit of the input flips. The first word of a row is mixed into the positions, the
-    second in between, so that the masks of two rows are no permutations of each other. Positions are counted modulo
-    2**32.
-
     Args:
         rate: share that is dropped, above 0 and below 1.
-        shape: rows first.
+        shape: rows first; positions within a row are counted modulo 2**32.
     """
     rows, *rest = shape
-    words = jax.random.bits(key, (2, rows, *[1] * len(rest)), jnp.uint32)
+    first, second = words_of_rows(key, rows).reshape(2, rows, *[1] * len(rest))
     position = jnp.zeros([1] * len(shape), jnp.uint32)
     for axis, size in enumerate(rest, 1):
         position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, (1, *rest), axis)
-    mixed = position ^ words[0]
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x7FEB352D) ^ words[1]
+    return kept_at(position, first, second, rate)
+
+
+def words_of_rows(key: Key[Array, ""], rows: int) -> UInt32[Array, "2 {rows}"]:
+    """All that is random about the masks of a batch of rows."""
+    return jax.random.bits(key, (2, rows), jnp.uint32)
+
+
+def kept_at(
+    position: UInt32[Array, "..."], first: UInt32[Array, "..."], second: UInt32[Array, "..."], rate: float
+) -> Bool[Array, "..."]:
+    """Whether dropout keeps what stands at a position of the row that has these two words.
+
+    The hash is `lowbias32` (C. Wellons, hash-prospector): two multiplications between three xor-shifts, which flip
+    half of all bits when any one bit of the input flips. The first word of a row is mixed into the positions, the
+    second in between, so that the masks of two rows are no permutations of each other.
+    """
+    mixed = position ^ first
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x7FEB352D) ^ second
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B)
     mixed = mixed ^ (mixed >> 16)
     return mixed < jnp.uint32(math.ceil((1 - rate) * 2**32))
