@@ -3,9 +3,9 @@
     python experiments/spoken_digits/manifests.py RECORDINGS OUT
 
 RECORDINGS holds `{digit}_{speaker}_{take}.wav` (github.com/Jakobovski/free-spoken-digit-dataset). OUT gets manifests of
-`path<TAB>word` lines: `dev.tsv`, every tenth take of every digit and speaker; `train.tsv`, the others; `train_10.tsv`
-and `train_50.tsv`, the first of those, so many a digit, speakers in turns; `without_<speaker>.tsv` and
-`only_<speaker>.tsv`, all takes of the others and of one.
+`path<TAB>word` lines: `dev.tsv`, every tenth take of every digit and speaker; `train.tsv`, the others; `train_1.tsv`,
+`train_5.tsv`, `train_10.tsv` and `train_50.tsv`, the first of those, so many a digit, speakers in turns;
+`without_<speaker>.tsv` and `only_<speaker>.tsv`, all takes of the others and of one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
     write("dev", dev)
     write("train", (path for groups in train.values() for group in groups for path in group))
-    for labels in (10, 50):
+    for labels in (1, 5, 10, 50):
         in_turns = {
             digit: [path for row in zip(*groups, strict=True) for path in row] for digit, groups in train.items()
         }

@@ -48,8 +48,8 @@ def words_of_rows(key: Key[Array, ""], rows: int) -> UInt32[Array, "2 {rows}"]:
 
 
 def kept_at(
-    position: UInt32[Array, "..."], first: UInt32[Array, "..."], second: UInt32[Array, "..."], rate: float
-) -> Bool[Array, "..."]:
+    position: UInt32[Array, ...], first: UInt32[Array, ...], second: UInt32[Array, ...], rate: float
+) -> Bool[Array, ...]:
     """Whether dropout keeps what stands at a position of the row that has these two words.
 
     The hash is `lowbias32` (C. Wellons, hash-prospector): two multiplications between three xor-shifts, which flip
