@@ -67,9 +67,9 @@ def compile_step(arguments: argparse.Namespace, dtype: str = "bfloat16", **paral
     batch["next_sentence_label"] = jax.ShapeDtypeStruct((arguments.rows,), jnp.int32)
 
     began = time.perf_counter()
-    update = make_update(objective, transform, jax.random.key(1), 1, mapped_axis(mesh, layout.mode))
+    update = make_update(objective, transform, 1, mapped_axis(mesh, layout.mode))
     step: Any = compile_update(update, mesh, layout.mode, state)
-    memory = step.lower(state, batch).compile().memory_analysis()
+    memory = step.lower(state, batch, jax.ShapeDtypeStruct((2,), jnp.uint32)).compile().memory_analysis()
     seconds = time.perf_counter() - began
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) // (mesh.shape["data"] * mesh.shape["fsdp"])
     cost = step_cost(

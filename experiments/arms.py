@@ -80,6 +80,7 @@ def draw(out: Path, experiment: dict[str, Any], picture: Path) -> None:
     """The figure against the steps: of each arm the median of its seeds, and from the least to the largest."""
     name = f"eval/{experiment['figure']}"
     figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    shown: list[float] = []
     for arm in experiment["arms"]:
         runs = [
             {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if name in line}
@@ -89,11 +90,16 @@ def draw(out: Path, experiment: dict[str, Any], picture: Path) -> None:
             continue
         steps = sorted(set.intersection(*map(set, runs)))
         values = [[run[step] for run in runs] for step in steps]
-        (line,) = panel.plot(steps, [statistics.median(each) for each in values], "o-", markersize=3, label=arm)
+        medians = [statistics.median(each) for each in values]
+        shown += medians
+        (line,) = panel.plot(steps, medians, "o-", markersize=3, label=arm)
         panel.fill_between(
             steps, [min(each) for each in values], [max(each) for each in values], alpha=0.2, color=line.get_color()
         )
     panel.set(xlabel="Step", ylabel=experiment["figure"])
+    if shown:  # and not one seed that went astray
+        margin = 0.05 * (max(shown) - min(shown)) or 1.0
+        panel.set_ylim(min(shown) - margin, max(shown) + margin)
     panel.grid(alpha=0.3)
     panel.legend()
     figure.savefig(picture, dpi=100)

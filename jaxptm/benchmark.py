@@ -125,11 +125,12 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
     timed: list[Timed] = []
     for shape in sorted(samples):
         on_device = put_batch(mesh, samples[shape], rows)
+        inputs = (on_device, optimization.step_key)
         began = time.perf_counter()
-        updates[shape], allocated = _compiled(optimization.update, state, on_device)
-        state, _ = jax.block_until_ready(updates[shape](state, on_device))
+        updates[shape], allocated = _compiled(optimization.update, state, *inputs)
+        state, _ = jax.block_until_ready(updates[shape](state, *inputs))
         compile_seconds = time.perf_counter() - began
-        state, seconds = _step_seconds(updates[shape], state, on_device, max(1, steps // ROUNDS))
+        state, seconds = _step_seconds(updates[shape], state, inputs, max(1, steps // ROUNDS))
         *whole_rows, length = _shape(run, on_device)  # of all hosts
         flops = 3 * run.objective.flops(math.prod(whole_rows), length)
         timed.append(Timed(shape, count[shape], compile_seconds, seconds, flops, allocated))
@@ -151,7 +152,7 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
             waited += time.perf_counter() - asked
             shape = _shape(run, batch)
             with window.step(shape):
-                state, means = updates[shape](state, put_batch(mesh, batch, rows))
+                state, means = updates[shape](state, put_batch(mesh, batch, rows), optimization.step_key)
             window.add(means)
             for name in Window.COUNTED.keys() & means.keys():
                 counts.setdefault(Window.COUNTED[name], []).append(means[name].total)
@@ -238,11 +239,11 @@ def summary(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _compiled(update: Any, state: TrainState, batch: Any) -> tuple[Any, int | None]:
+def _compiled(update: Any, state: TrainState, *inputs: Any) -> tuple[Any, int | None]:
     """The step for one shape, and the bytes of its plan; with `pmap`, which has none, the step as it was."""
     if not hasattr(update, "lower"):
         return update, None
-    compiled = update.lower(state, batch).compile()
+    compiled = update.lower(state, *inputs).compile()
     plan = compiled.memory_analysis()
     if plan is None:
         return compiled, None
@@ -251,13 +252,13 @@ def _compiled(update: Any, state: TrainState, batch: Any) -> tuple[Any, int | No
     )
 
 
-def _step_seconds(update: Any, state: TrainState, batch: Any, steps: int) -> tuple[TrainState, float]:
-    """The state after some steps on one batch, and the seconds of one."""
+def _step_seconds(update: Any, state: TrainState, inputs: Any, steps: int) -> tuple[TrainState, float]:
+    """The state after some steps on the same inputs, and the seconds of one."""
     seconds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         for _ in range(steps):
-            state, _ = update(state, batch)
+            state, _ = update(state, *inputs)
         jax.block_until_ready(state)
         seconds.append((time.perf_counter() - began) / steps)
     return state, statistics.median(seconds)

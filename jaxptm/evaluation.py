@@ -68,8 +68,8 @@ class Evaluator:
         self._run, self._mesh = run, mesh
         loop = run.config.train
         self._local_rows = host_rows(mesh, loop.batch_size)
-        key = jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)
-        self._step = compile_evaluate(make_evaluate(run.objective, key, loop.accumulate), mesh)
+        self._key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(loop.seed), EVALUATION)))
+        self._step = compile_evaluate(make_evaluate(run.objective, loop.accumulate), mesh)
 
     def __call__(self, params: Params, predictions: Path | None = None) -> dict[str, float]:
         """`loss` and every term and score, by name; those of further held-out sets as `<set>/<name>`.
@@ -97,7 +97,7 @@ class Evaluator:
         means, said = None, []
         for index, batch in enumerate(one_pass(source, loop.batch_size, loop.eval_batches, self._local_rows)):
             put = put_batch(self._mesh, batch, loop.batch_size)
-            *part, outputs = self._step(params, put, jnp.int32(index))
+            *part, outputs = self._step(params, put, jnp.int32(index), self._key)
             means = part if means is None else jax.tree.map(jnp.add, means, part)
             said.append(jax.device_get(outputs))
         if means is None:

@@ -40,9 +40,11 @@ TENSOR_AXIS: dict[tuple[str, ...], int] = {
 """End of a parameter's path -> the axis that tensor parallelism divides; parameters that are not here are copied."""
 
 Tree = TypeVar("Tree")
-Update = Callable[[TrainState, Batch], tuple[TrainState, Means]]
+KeyData = Array | np.ndarray
+"""What a key is made of (`jax.random.key_data`): steps take it as an input, so that all seeds share one program."""
+Update = Callable[[TrainState, Batch, KeyData], tuple[TrainState, Means]]
 Evaluation = tuple[Means, Means, dict[str, Array]]
-Evaluate = Callable[[Params, Batch, Array], Evaluation]
+Evaluate = Callable[[Params, Batch, Array, KeyData], Evaluation]
 
 
 def make_mesh(config: ParallelConfig, train: LoopConfig) -> Mesh:
@@ -205,24 +207,28 @@ def compile_update(update: Update, mesh: Mesh, mode: str, state: TrainState) -> 
     body: Callable[..., Any]
     if mapped_axis(mesh, mode) is None:
 
-        def body(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
+        def body(state: TrainState, batch: Batch, key: KeyData) -> tuple[TrainState, Means]:
             with _laid_out(mesh):
-                return update(state._replace(params=_gather_tables(state.params, mesh)), batch)
+                return update(state._replace(params=_gather_tables(state.params, mesh)), batch, key)
 
     else:
         body = jax.shard_map(
-            update, mesh=mesh, in_specs=(PartitionSpec(), rows.spec), out_specs=PartitionSpec(), check_vma=False
+            update,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), rows.spec, PartitionSpec()),
+            out_specs=PartitionSpec(),
+            check_vma=False,
         )
-    outs = (layout, replicated(mesh))
-    return jax.jit(body, in_shardings=(layout, rows), out_shardings=outs, donate_argnums=0)
+    ins, outs = (layout, rows, replicated(mesh)), (layout, replicated(mesh))
+    return jax.jit(body, in_shardings=ins, out_shardings=outs, donate_argnums=0)
 
 
 def compile_evaluate(evaluate: Evaluate, mesh: Mesh) -> Evaluate:
     """The compiled step of `make_evaluate`: parameters laid out as `shardings` says, copies of all that comes out."""
 
-    def body(params: Params, batch: Batch, index: Array) -> Evaluation:
+    def body(params: Params, batch: Batch, index: Array, key: KeyData) -> Evaluation:
         with _laid_out(mesh):
-            return evaluate(_gather_tables(params, mesh), batch, index)
+            return evaluate(_gather_tables(params, mesh), batch, index, key)
 
     return jax.jit(body, out_shardings=replicated(mesh))
 
@@ -231,13 +237,15 @@ def _map_devices(update: Update, mesh: Mesh) -> Update:
     """`pmap` with arrays of the whole mesh outside and those of this host inside."""
     devices = mesh.local_devices if jax.process_count() == 1 else None  # with several processes: all, in jax's order
     # Neither the state nor what comes out is mapped: each is one array with a copy on every device.
-    mapped = jax.pmap(update, "data", in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
+    mapped = jax.pmap(update, "data", in_axes=(None, 0, None), out_axes=None, donate_argnums=0, devices=devices)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
+    def step(state: TrainState, batch: Batch, key: KeyData) -> tuple[TrainState, Means]:
         local_state = multihost_utils.global_array_to_host_local_array(state, mesh, PartitionSpec())
         local_batch = multihost_utils.global_array_to_host_local_array(dict(batch), mesh, PartitionSpec(ROWS))
         by_device = {name: x.reshape(len(mesh.local_devices), -1, *x.shape[1:]) for name, x in local_batch.items()}
-        return multihost_utils.host_local_array_to_global_array(mapped(local_state, by_device), mesh, PartitionSpec())
+        return multihost_utils.host_local_array_to_global_array(
+            mapped(local_state, by_device, key), mesh, PartitionSpec()
+        )
 
     return step
 

@@ -39,6 +39,8 @@ class Optimization(NamedTuple):
     shapes: TrainState
     init_key: Array
     """Of fresh parameters."""
+    step_key: np.ndarray
+    """Key data, of all steps."""
 
 
 def optimization_of(run: Run, mesh: Mesh) -> Optimization:
@@ -57,8 +59,9 @@ def optimization_of(run: Run, mesh: Mesh) -> Optimization:
 
     shapes = jax.eval_shape(create, params)
     learnt, mode = _without_frozen(run.objective, config.optimizer.frozen), config.parallel.mode
-    body = make_update(learnt, transform, step_key, config.train.accumulate, mapped_axis(mesh, mode))
-    return Optimization(compile_update(body, mesh, mode, shapes), create, shapes, init_key)
+    body = make_update(learnt, transform, config.train.accumulate, mapped_axis(mesh, mode))
+    update = compile_update(body, mesh, mode, shapes)
+    return Optimization(update, create, shapes, init_key, np.asarray(jax.random.key_data(step_key)))
 
 
 def _without_frozen(objective: Objective, frozen: Sequence[str]) -> Objective:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from jaxptm.objectives import Objective
 from jaxptm.optim import apply_updates
-from jaxptm.parallel import Evaluate, Evaluation, Update
+from jaxptm.parallel import Evaluate, Evaluation, KeyData, Update
 from jaxptm.types import Array, Batch, Mean, Means, Params, TrainState
 
 NO_ROW = 2**32 - 1
@@ -21,11 +21,10 @@ NO_ROW = 2**32 - 1
 def make_update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    key: Array,
     accumulate: int,
     axis: str | None = None,
 ) -> Update:
-    """One optimizer step: (state, batch) -> (next state, its means).
+    """One optimizer step: (state, batch, key data) -> (next state, its means).
 
     All randomness comes from (key, state.step, row). The means are the objective's terms and scores, `loss` (what the
     objective makes of the terms) and `grad_norm` (before clipping).
@@ -36,8 +35,8 @@ def make_update(
             where `batch` holds all rows.
     """
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Means]:
-        step_key = jax.random.fold_in(key, state.step)
+    def update(state: TrainState, batch: Batch, key: KeyData) -> tuple[TrainState, Means]:
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key)), state.step)
         grads, means = gradients(
             objective, state.params, batch, row_keys(step_key, batch, axis), accumulate, axis, state.step
         )
@@ -114,8 +113,8 @@ def microbatches(rows: Any, accumulate: int) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), rows)
 
 
-def make_evaluate(objective: Objective, key: Array, accumulate: int = 1) -> Evaluate:
-    """One evaluation step without dropout: (params, batch, index of the batch) -> its (terms, scores, predictions).
+def make_evaluate(objective: Objective, accumulate: int = 1) -> Evaluate:
+    """One evaluation step without dropout: (params, batch, its index, key data) -> its (terms, scores, predictions).
 
     The masks depend on (key, index, row) alone, so every evaluation asks the same questions. The predictions are those
     of `Objective.predict`, [B, ...] each.
@@ -129,8 +128,9 @@ def make_evaluate(objective: Objective, key: Array, accumulate: int = 1) -> Eval
         predictions = {} if objective.predict is None else objective.predict(params, batch)
         return *objective.loss(params, batch, keys, train=False), predictions
 
-    def evaluate(params: Params, batch: Batch, index: Array) -> Evaluation:
-        parts = microbatches((dict(batch), row_keys(jax.random.fold_in(key, index), batch)), accumulate)
+    def evaluate(params: Params, batch: Batch, index: Array, key: KeyData) -> Evaluation:
+        of_batch = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key)), index)
+        parts = microbatches((dict(batch), row_keys(of_batch, batch)), accumulate)
         terms, scores, predictions = jax.lax.map(lambda part: judge(params, *part), parts)
         terms, scores = jax.tree.map(lambda sums: sums.sum(axis=0), (terms, scores))
         whole = {name: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for name, x in predictions.items()}

@@ -129,7 +129,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             for step, batch in enumerate(source, start + 1):
                 on_device = put_batch(mesh, batch, loop.batch_size)
                 with window.step(on_device[run.objective.module.config.input_names[0]].shape):
-                    state, means = update(state, on_device)
+                    state, means = update(state, on_device, optimization.step_key)
                 window.add(means)
                 progress.advance(step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import torch
 import transformers
@@ -14,6 +15,11 @@ SMALL = {
     "intermediate_size": 48,
     "max_position_embeddings": 40,
 }
+
+
+def key_data(seed: int) -> np.ndarray:
+    """What compiled steps take of a key."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def perturbed(architecture: str, seed: int = 0, noise: float = 0.1, **config: object) -> transformers.PreTrainedModel:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference import key_data
 
 from experiments import bert_large_on_paper as paper
 from experiments import rooflines
@@ -60,7 +61,7 @@ def compiled_step(
     layout = ParallelConfig(data=data)
     mesh = make_mesh(layout, LoopConfig(steps=1, batch_size=rows, accumulate=accumulate))
     transform = optax.sgd(0.1)
-    update = make_update(objective, transform, jax.random.key(0), accumulate, mapped_axis(mesh, layout.mode))
+    update = make_update(objective, transform, accumulate, mapped_axis(mesh, layout.mode))
 
     def create(key: jax.Array) -> TrainState:
         params = objective.init(key)
@@ -70,7 +71,7 @@ def compiled_step(
     names = ("input_ids", "attention_mask", "token_type_ids")
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
     batch["next_sentence_label"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return compile_update(update, mesh, layout.mode, state).lower(state, batch).compile()
+    return compile_update(update, mesh, layout.mode, state).lower(state, batch, key_data(0)).compile()
 
 
 def lowered(config: BertConfig, execution: Execution, rows: int, length: int, predictions: int, gradient: bool) -> Any:

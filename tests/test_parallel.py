@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from reference import pair_batch
+from reference import key_data, pair_batch
 
 from jaxptm.config import LoopConfig, MaskedLmConfig, OptimizerConfig, ParallelConfig
 from jaxptm.models.bert import BertConfig
@@ -100,7 +100,7 @@ def run(
     )
     start = stacked(start_of(config)) if scan else start_of(config)
     transform = optimizer(ADAM, steps, start)
-    update = make_update(objective, transform, jax.random.key(1), accumulate, mapped_axis(mesh, mode))
+    update = make_update(objective, transform, accumulate, mapped_axis(mesh, mode))
 
     def create(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
@@ -109,10 +109,10 @@ def run(
     state = jax.jit(create, out_shardings=shardings(shapes, mesh))(start)
     step: Any = compile_update(update, mesh, mode, shapes)
     if mode == "jit":
-        step = step.lower(state, put_batch(mesh, batch_of(0, config), ROWS)).compile()
+        step = step.lower(state, put_batch(mesh, batch_of(0, config), ROWS), key_data(1)).compile()
     losses, first = [], {}
     for index in range(steps):
-        state, means = step(state, put_batch(mesh, batch_of(index, config), ROWS))
+        state, means = step(state, put_batch(mesh, batch_of(index, config), ROWS), key_data(1))
         losses.append(float(means["loss"].value))
         first = first or jax.device_get(state.params)
     return Outcome(losses, first, state, step if mode == "jit" else None)
@@ -227,8 +227,8 @@ def test_evaluation_gives_the_same_on_any_layout() -> None:
     def evaluate(**parallel: Any) -> Any:
         mesh = mesh_of(**parallel)
         params = jax.device_put(start_of(CONFIG), shardings(start_of(CONFIG), mesh))
-        step = compile_evaluate(make_evaluate(objective_of(), jax.random.key(2)), mesh)
-        return jax.device_get(step(params, put_batch(mesh, batch_of(0), ROWS), jnp.int32(3)))
+        step = compile_evaluate(make_evaluate(objective_of()), mesh)
+        return jax.device_get(step(params, put_batch(mesh, batch_of(0), ROWS), jnp.int32(3), key_data(2)))
 
     alone = evaluate()
     for parallel in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):

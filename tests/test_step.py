@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from reference import SMALL, pair_batch, perturbed
+from reference import SMALL, key_data, pair_batch, perturbed
 
 from jaxptm.config import MaskedLmConfig, OptimizerConfig
 from jaxptm.hf.table import load
@@ -115,14 +115,14 @@ def test_twenty_steps_follow_torch_adamw(small: tuple[torch.nn.Module, Model], t
 
     key = jax.random.key(7)
     transform = optimizer(config, 20, ours.params)
-    update = jax.jit(make_update(objective_of(ours), transform, key, 1))
+    update = jax.jit(make_update(objective_of(ours), transform, 1))
     state = TrainState(jnp.zeros((), jnp.int32), ours.params, transform.init(ours.params))
     rng = np.random.default_rng(1)
     batches = [pair_batch(rng, 6, LENGTH) for _ in range(4)]
     ours_curve, their_curve = [], []
     for step in range(20):
         batch = batches[step % 4]
-        state, means = update(state, batch)
+        state, means = update(state, batch, jax.random.key_data(key))
         ours_curve.append(float(means["loss"].total))
         adamw.zero_grad()
         loss = torch_loss(theirs, batch, row_keys(key, step, 6))
@@ -201,11 +201,11 @@ def test_steps_depend_on_seed_and_step_alone(small: tuple[torch.nn.Module, Model
     sgd = optax.sgd(0.0)
 
     def losses(seed: int, start: int) -> list[float]:
-        update = jax.jit(make_update(objective_of(module), sgd, jax.random.key(seed), 1))
+        update = jax.jit(make_update(objective_of(module), sgd, 1))
         state = TrainState(jnp.asarray(start, jnp.int32), ours.params, sgd.init(ours.params))
         values = []
         for _ in range(3):
-            state, means = update(state, batch)
+            state, means = update(state, batch, key_data(seed))
             values.append(float(means["loss"].total))
         return values
 
@@ -217,14 +217,14 @@ def test_steps_depend_on_seed_and_step_alone(small: tuple[torch.nn.Module, Model
 
 def test_evaluation_repeats_its_masks_and_counts_padding_rows_out(small: tuple[torch.nn.Module, Model]) -> None:
     _, ours = small
-    evaluate = jax.jit(make_evaluate(objective_of(ours), jax.random.key(9)))
+    evaluate = jax.jit(make_evaluate(objective_of(ours)))
     batch = pair_batch(np.random.default_rng(4), 6, LENGTH)
     padded = {name: np.concatenate([rows[:4], np.zeros_like(rows[4:])]) for name, rows in batch.items()}
-    first, second = evaluate(ours.params, batch, 0), evaluate(ours.params, batch, 0)
+    first, second = evaluate(ours.params, batch, 0, key_data(9)), evaluate(ours.params, batch, 0, key_data(9))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     objective = objective_of(ours)
-    assert float(objective.total(evaluate(ours.params, batch, 1)[0])) != float(objective.total(first[0]))
-    terms, scores, _ = evaluate(ours.params, padded, 0)
+    assert float(objective.total(evaluate(ours.params, batch, 1, key_data(9))[0])) != float(objective.total(first[0]))
+    terms, scores, _ = evaluate(ours.params, padded, 0, key_data(9))
     assert float(terms["nsp_loss"].weight) == float(scores["nsp_accuracy"].weight) == 4
     keys = jax.random.split(jax.random.fold_in(jax.random.key(9), 0), 6)[:4]
     alone, _ = objective_of(ours).loss(ours.params, {name: rows[:4] for name, rows in batch.items()}, keys, train=False)
@@ -239,10 +239,10 @@ def test_masked_lm_learns_without_next_sentences(small: tuple[torch.nn.Module, M
     assert set(params) == {"embeddings", "encoder", "mlm_head"}
     batch = {"input_ids": np.full((4, LENGTH), 7, np.int32), "attention_mask": np.ones((4, LENGTH), np.int32)}
     transform = optax.adam(1e-2)
-    update = jax.jit(make_update(objective, transform, jax.random.key(0), 1))
+    update = jax.jit(make_update(objective, transform, 1))
     state = TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
     for _ in range(30):
-        state, means = update(state, batch)
+        state, means = update(state, batch, key_data(0))
     assert set(means) == {"mlm_loss", "mlm_accuracy", "token_share", "loss", "grad_norm"}
     assert float(means["mlm_loss"].value) < 0.1
     assert unflatten(flatten(state.params)).keys() == params.keys()

@@ -5,7 +5,8 @@
 
 Run it with jaxptm's own Python; `environments.py` makes DIR. Without it, only what this Python can import takes part.
 Each side is a process that holds its model and steps when it is told to, so that one computes at a time. A ratio is
-the median, over the rounds, of the seconds of jaxptm's turn by those of the peer's.
+the median, over the rounds, of the seconds of jaxptm's turn by those of the peer's. A side that is named and does not
+take part, or begins and breaks off, is told at the end, and makes the command fail.
 
     python benchmarks/peers/compare.py --check benchmarks/peers/ratios.json [...]
 
@@ -55,6 +56,7 @@ BOTH = ("float32", "bfloat16")
 EVERYTHING = tuple({work.objective for work in WORK.values()})
 SIDES = {
     "jaxptm": Peer("with_jaxptm.py", "", "jaxptm", EVERYTHING, BOTH, {}),
+    "jaxptm, attention by XLA": Peer("with_jaxptm.py", "", "jaxptm", EVERYTHING, BOTH[1:], {"XLA_ATTENTION": "1"}),
     "torch": Peer("with_torch.py", "transformers", "torch", EVERYTHING, BOTH, {}),
     "torch compiled": Peer("with_torch.py", "transformers", "torch", EVERYTHING, BOTH, {"COMPILE": "1"}),
     "flax": Peer("with_flax.py", "flax", "", ("masked-lm", "causal-lm"), BOTH[:1], {}),
@@ -69,33 +71,39 @@ def python_of(peer: Peer, environments: Path | None) -> str | None:
     return sys.executable if peer.package and importlib.util.find_spec(peer.package) is not None else None
 
 
-def start(name: str, side: str, environments: Path | None, rows: int, dtype: str) -> Side | None:
-    """A side with its first step taken; None, and a word why, where it cannot take part."""
+def start(name: str, side: str, environments: Path | None, rows: int, dtype: str) -> Side | str:
+    """A side with its first step taken, or why it cannot take part."""
     peer = SIDES[side]
     python = python_of(peer, environments)
-    if python is None or WORK[name].objective not in peer.objectives or dtype not in peer.dtypes:
-        return None
+    if python is None:
+        return "its packages are not here; environments.py makes them, and --environments names the place"
+    if WORK[name].objective not in peer.objectives or dtype not in peer.dtypes:
+        return f"it has no {WORK[name].objective} in {dtype} here"
     print(f"{name}: {side} begins", file=sys.stderr, flush=True)
-    clean = {key: value for key, value in os.environ.items() if key != "COMPILE"}
+    clean = {key: value for key, value in os.environ.items() if key not in ("COMPILE", "XLA_ATTENTION")}
     # On a GPU jax would take three quarters of the memory before torch is asked what it needs.
     settings = {"DTYPE": dtype, "ROWS": str(rows), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
         return Side(python, peer.script, name, clean | peer.variables | settings)
     except RuntimeError as error:
-        print(f"{name}: {side} is left out: {error}", file=sys.stderr, flush=True)
-        return None
+        return str(error)
 
 
 def compare(
     name: str, sides: list[str], environments: Path | None, repeats: int, steps: int, rows: int, dtype: str
 ) -> dict[str, Any]:
     """What each side of one kind of work took, and the ratios of jaxptm to the others."""
-    running = {side: process for side in sides if (process := start(name, side, environments, rows, dtype)) is not None}
+    started = {side: start(name, side, environments, rows, dtype) for side in sides}
+    running = {side: process for side, process in started.items() if isinstance(process, Side)}
+    absent = {side: why for side, why in started.items() if isinstance(why, str)}
     devices = {side: process.about["device"] for side, process in running.items()}
     if "jaxptm" not in running or len(set(devices.values())) > 1:
         for process in running.values():
             process.close()
-        sys.exit(f"{name}: the sides have to run beside jaxptm on one kind of device, and they are on {devices}.")
+        sys.exit(
+            f"{name}: the sides have to run beside jaxptm on one kind of device, and they are on {devices}"
+            + "".join(f"; {side}: {why}" for side, why in absent.items())
+        )
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in running}
     for _ in range(repeats + 1):
         for side, process in running.items():
@@ -123,6 +131,7 @@ def compare(
             for side, values in seconds.items()
             if side != "jaxptm"
         },
+        "absent": absent,
     }
 
 
@@ -154,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--environments", type=Path)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: those that are here")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rows", type=int, help="of a batch; default those of the work, which suit a CPU")
@@ -176,7 +185,7 @@ def main() -> None:
     for name in arguments.work:
         if arguments.check and name not in committed:
             continue
-        sides = ["jaxptm", *(side for side in arguments.sides if side != "jaxptm")]
+        sides = ["jaxptm", *(side for side in arguments.sides or SIDES if side != "jaxptm")]
         if arguments.check:
             sides = [side for side in sides if side in committed[name]["sides"]]
         # What is checked is measured as it was.
@@ -199,8 +208,17 @@ def main() -> None:
         for side, ratio in result["ratios"].items()
         if arguments.check and ratio > (1 + TOLERANCE) * committed[name]["ratios"][side]
     ]
+    absent = [
+        f"{name}: {side} took no part: {why}"
+        for name, result in measured.items()
+        for side, why in result["absent"].items()
+    ]
+    for line in absent:
+        print(line, file=sys.stderr)
     if slower:
         sys.exit("\n".join(["slower than it was:", *slower]))
+    if absent and arguments.sides:
+        sys.exit("not all of --sides were measured.")
     if arguments.check and not any(result["ratios"] for result in measured.values()):
         sys.exit("no peer is here to compare with; benchmarks/peers/environments.py makes their environments.")
 

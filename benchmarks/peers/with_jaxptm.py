@@ -1,4 +1,7 @@
-"""A step of jaxptm, as `jaxptm train` takes it: python with_jaxptm.py WORK"""
+"""A step of jaxptm, as `jaxptm train` takes it: python with_jaxptm.py WORK
+
+With XLA_ATTENTION=1 in the environment attention is XLA's on GPUs, too.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ from jaxptm.config import (
 from jaxptm.models import PRESETS
 from jaxptm.nn.core import Execution
 from jaxptm.objectives import Objective, electra, language, speech
+from jaxptm.ops import attention
 from jaxptm.ops.masking import VocabularyTables
 from jaxptm.optim import optimizer
 from jaxptm.parallel import compile_update, make_mesh, mapped_axis, put_batch
@@ -72,6 +76,8 @@ def objective_of(work: Work, execution: Execution) -> Objective:
 
 def main() -> None:
     work = named(sys.argv[1])
+    if os.environ.get("XLA_ATTENTION"):
+        attention.fits_tiles = lambda query: False
     execution = Execution(dtype=jnp.dtype(os.environ.get("DTYPE", "float32")))
     objective = objective_of(work, execution)
     layout = ParallelConfig(data=1)
@@ -83,9 +89,9 @@ def main() -> None:
     transform = optimizer(adam, 1000, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))  # where steps leave it, or it compiles twice
-    update = make_update(objective, transform, jax.random.key(1), 1, mapped_axis(mesh, layout.mode))
+    update = make_update(objective, transform, 1, mapped_axis(mesh, layout.mode))
     compiled: Any = compile_update(update, mesh, layout.mode, jax.eval_shape(lambda: state))
-    arrays = batch(work)
+    arrays, key = batch(work), np.asarray(jax.random.key_data(jax.random.key(1)))
     rows = {name: arrays[name] for name in INPUTS[work.objective]}
     if "original_ids" in arrays or "input_ids" in arrays:  # masked here inside of the step
         rows["input_ids"] = arrays.get("original_ids", arrays.get("input_ids"))
@@ -93,7 +99,7 @@ def main() -> None:
 
     def step() -> Any:
         nonlocal state
-        state, means = compiled(state, on_device)
+        state, means = compiled(state, on_device, key)
         return means["loss"]
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))

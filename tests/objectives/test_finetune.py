@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from reference import key_data
 
 from jaxptm.config import OptimizerConfig
 from jaxptm.hf.table import load
@@ -122,7 +123,7 @@ def test_thirty_steps_follow_torch(head: str, tmp_path: Path) -> None:
     theirs, ours, objective = pair_of(tmp_path, head)
     config = OptimizerConfig(name="adamw", learning_rate=5e-4, schedule="linear", warmup=3, weight_decay=0.01)
     transform = optimizer(config, 30, ours.params)
-    update = jax.jit(make_update(objective, transform, jax.random.key(0), 1))
+    update = jax.jit(make_update(objective, transform, 1))
     state = TrainState(jnp.zeros((), jnp.int32), ours.params, transform.init(ours.params))
     decays = [parameter for name, parameter in theirs.named_parameters() if parameter.ndim > 1]
     rest = [parameter for name, parameter in theirs.named_parameters() if parameter.ndim == 1]
@@ -132,7 +133,7 @@ def test_thirty_steps_follow_torch(head: str, tmp_path: Path) -> None:
     curve, their_curve = [], []
     for step in range(30):
         batch = batch_of(head, step % 5)
-        state, means = update(state, batch)
+        state, means = update(state, batch, key_data(0))
         curve.append(float(means["loss"].total))
         adamw.zero_grad()
         loss = torch_loss(theirs, batch)
@@ -153,11 +154,11 @@ def test_padding_rows_count_for_nothing_and_predictions_keep_their_order(head: s
     if head == "tokens":
         padded["labels"][4:] = -100
     alone = {name: values[:4] for name, values in batch.items()}
-    evaluate = make_evaluate(objective, jax.random.key(0))
-    terms, scores, said = evaluate(ours.params, padded, jnp.int32(0))
-    wanted, wanted_scores, said_alone = evaluate(ours.params, alone, jnp.int32(0))
+    evaluate = make_evaluate(objective)
+    terms, scores, said = evaluate(ours.params, padded, jnp.int32(0), key_data(0))
+    wanted, wanted_scores, said_alone = evaluate(ours.params, alone, jnp.int32(0), key_data(0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), (terms, scores), (wanted, wanted_scores))
-    halves = make_evaluate(objective, jax.random.key(0), 2)(ours.params, alone, jnp.int32(0))[2]
+    halves = make_evaluate(objective, 2)(ours.params, alone, jnp.int32(0), key_data(0))[2]
     for name, values in said_alone.items():
         np.testing.assert_allclose(said[name][:4], values, atol=1e-5)
         np.testing.assert_allclose(halves[name], values, atol=1e-5)
@@ -186,6 +187,6 @@ def test_class_weights_are_those_of_torch(head: str, tmp_path: Path) -> None:
 def test_a_model_runs_once_for_the_loss_and_the_predictions(tmp_path: Path) -> None:
     _, ours, objective = pair_of(tmp_path, "one label")
     batch = batch_of("one label", 0)
-    step = jax.jit(make_evaluate(objective, jax.random.key(0))).lower(ours.params, batch, jnp.int32(0)).compile()
+    step = jax.jit(make_evaluate(objective)).lower(ours.params, batch, jnp.int32(0), key_data(0)).compile()
     alone = jax.jit(lambda params, batch: objective.predict(params, batch)).lower(ours.params, batch).compile()
     assert step.cost_analysis()["flops"] < 1.3 * alone.cost_analysis()["flops"]
