@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 import jax
@@ -31,14 +32,14 @@ def attention(
         mask: which keys each query may see; None for all.
         rng: of dropout; None for none.
         rate: share of the weights that dropout takes.
-        tiled: by kernels that keep the weights out of a GPU's memory; default on GPUs, where `fits_tiles`.
+        tiled: by kernels that keep the weights out of a GPU's memory; default where `runs_tiles` and `fits_tiles`.
     """
     if rng is not None and rate == 1:
         return jnp.zeros_like(query)
     if rate == 0:
         rng = None
     if tiled is None:
-        tiled = jax.default_backend() == "gpu" and fits_tiles(query)
+        tiled = fits_tiles(query) and runs_tiles()
     if tiled:
         from jaxptm.ops.tiles import attention_in_tiles  # Pallas takes long to import, and not every jax has its Triton
 
@@ -53,9 +54,16 @@ def attention(
 
 
 def fits_tiles(query: Float[Array, "B Q H W"]) -> bool:
-    """Whether the kernels are for inputs like these: half precision, more than one query, a width of 16, 32, 64 or 128.
+    """Whether the kernels are for inputs like these: half precision, several queries, a width of 16, 32, 64 or 128."""
+    return query.dtype.itemsize == 2 and query.shape[1] > 1 and query.shape[-1] in (16, 32, 64, 128)
 
-    And whether this jax still has Pallas for Triton, which version 0.11 announces the end of.
+
+@cache
+def runs_tiles() -> bool:
+    """Whether the kernels run here: on an NVIDIA GPU from Ampere on (before it there is no bfloat16), with a jax that
+    has Pallas for Triton, which version 0.11 announces the end of.
     """
-    suitable = query.dtype.itemsize == 2 and query.shape[1] > 1 and query.shape[-1] in (16, 32, 64, 128)
-    return suitable and find_spec("jax.experimental.pallas.triton") is not None
+    if jax.default_backend() != "gpu" or find_spec("jax.experimental.pallas.triton") is None:
+        return False
+    generation = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]
+    return generation.isdecimal() and int(generation) >= 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxptm.ops.attention import attention, fits_tiles
+from jaxptm.ops.attention import attention, fits_tiles, runs_tiles
 from jaxptm.ops.dropout import kept
 
 MASKS = ["none", "padding", "rows", "causal"]
@@ -145,6 +146,26 @@ def test_what_the_kernels_are_for(dtype: Any, queries: int, width: int, fits: bo
     assert fits_tiles(jnp.zeros((1, queries, 2, width), dtype)) == fits
 
 
+@pytest.mark.parametrize(
+    ("backend", "capability", "runs"),
+    [
+        ("gpu", "8.0", True),
+        ("gpu", "12.0", True),
+        ("gpu", "7.5", False),
+        ("gpu", "gfx90a", False),
+        ("cpu", None, False),
+        ("tpu", None, False),
+    ],
+)
+def test_where_the_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, backend: str, capability: str | None, runs: bool
+) -> None:
+    device = SimpleNamespace() if capability is None else SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert runs_tiles.__wrapped__() == runs
+
+
 def test_triton_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing is compiled here: Pallas translates them for a GPU that is not there.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -153,7 +174,7 @@ def test_triton_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     unchecked = [
         jax.export.DisabledSafetyCheck.custom_call(name) for name in ("__gpu$xla.gpu.triton", "triton_kernel_call")
     ]
-    step = jax.jit(partial(with_gradients, None, rate=0.1))
+    step = jax.jit(partial(with_gradients, True, rate=0.1))
     try:
         exported = jax.export.export(step, platforms=["cuda"], disabled_checks=unchecked)(shapes, mask)
     except RuntimeError as error:
