@@ -17,7 +17,7 @@ from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.pipelines.base import Pipeline
 from jaxptm.pretrained import Model
 from jaxptm.speech import Listener, spelling
-from jaxptm.transcription import KenLm, Span, WordScoring, align, beam_search, best_path
+from jaxptm.transcription import KenLm, LanguageModel, Span, WordScoring, align, beam_search, best_path
 from jaxptm.types import JaxptmError
 
 Audio = str | os.PathLike[str] | bytes | np.ndarray | Mapping[str, Any]
@@ -107,7 +107,7 @@ class SpeechRecognition(SpeechPipeline):
         chunk_length_s: float = 0,
         stride_length_s: float | Sequence[float] | None = None,
         beam_width: int = 0,
-        language_model: str | os.PathLike[str] | None = None,
+        language_model: str | os.PathLike[str] | LanguageModel | None = None,
         language_model_weight: float = 0.5,
         word_bonus: float = 1.0,
         batch_size: int = 8,
@@ -120,7 +120,8 @@ class SpeechRecognition(SpeechPipeline):
             chunk_length_s: listen to long recordings in windows of so many seconds; 0 for the whole at once.
             stride_length_s: of a window, what is heard on its left and right and not written; default a sixth each.
             beam_width: transcripts that a prefix beam search keeps; 0 writes the likeliest symbol of each frame.
-            language_model: an n-gram model of words (ARPA or KenLM) for the beam, whose width is then 50 by default.
+            language_model: of words, for the beam, whose width is then 50 by default: an n-gram model (a file, ARPA or
+                KenLM), or an object with the methods of `jaxptm.transcription.LanguageModel`.
             language_model_weight: of its log probability.
             word_bonus: for each word, against the model's liking for few.
             batch_size: windows that run at once.
@@ -180,17 +181,18 @@ class SpeechRecognition(SpeechPipeline):
                 return
 
     def _writer(
-        self, width: int, path: str | os.PathLike[str] | None, weight: float, bonus: float
+        self, width: int, model: str | os.PathLike[str] | LanguageModel | None, weight: float, bonus: float
     ) -> Callable[[np.ndarray], list[Span]]:
         characters = self.listener.characters
         assert characters is not None
-        if width == 0 and path is None:
+        if width == 0 and model is None:
             return lambda logits: best_path(logits, characters.blank)
         words = None
-        if path is not None:
+        if model is not None:
+            model = model if isinstance(model, LanguageModel) else KenLm(Path(model))
             spell = spelling(characters)
             letters = [spell.get(symbol, "") for symbol in range(self.config.vocab_size)]
-            words = WordScoring(KenLm(Path(path)), letters, characters.ids[" "], weight, bonus)
+            words = WordScoring(model, letters, characters.ids[" "], weight, bonus)
 
         def search(logits: np.ndarray) -> list[Span]:
             log_probs = log_softmax(logits.astype(np.float64), axis=-1)

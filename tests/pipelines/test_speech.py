@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,31 @@ def test_a_beam_finds_what_is_likelier_over_all_alignments(tmp_path: Path) -> No
     for narrow, wide in zip(ours(audio), ours(audio, beam_width=20, return_timestamps="word"), strict=True):
         assert isinstance(wide["text"], str) and wide["chunks"] is not None and narrow["text"] is not None
         assert " ".join(chunk["text"] for chunk in wide["chunks"]) == wide["text"]
+
+
+class OneOf:
+    """A language model of texts of one word."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def start(self) -> int:
+        return 0
+
+    def word(self, state: int, word: str) -> tuple[float, int]:
+        return (0.0 if state == 0 and word in self.words else -1e6), state + 1
+
+    def end(self, state: int) -> float:
+        return 0.0 if state == 1 else -1e6
+
+
+def test_an_own_language_model_leaves_its_words_alone(tmp_path: Path) -> None:
+    ours, _ = opened(tmp_path, "base")
+    audio = [samples[:100] for samples in recordings(40) if len(samples) > 100][:12]  # few frames, so few transcripts
+    words = OneOf("A", "B", "C")
+    answers = ours(audio, language_model=words, beam_width=500)
+    found = {re.sub("<[^>]*>", "", answer["text"]).strip() for answer in answers}  # what is no character spells nothing
+    assert len(found) > 1 and found <= {*words.words}
 
 
 @pytest.mark.parametrize(
