@@ -108,8 +108,8 @@ class Model:
             **inputs: arrays, named as in transformers. Of text `input_ids` [B, L] (multiple-choice: [B, C, L]), and if
                 wanted `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids` of the same shape, and
                 `mlm_positions` [B, P], where alone a language-model head runs. Of speech `input_values` [B, T] at
-                16 kHz, and if wanted `attention_mask` [B, T], `mask_time_indices` [B, F] and `mask_feature_indices`
-                [B, D].
+                16 kHz, and if wanted `attention_mask` [B, T] or `lengths` [B], `mask_time_indices` [B, F] and
+                `mask_feature_indices` [B, D].
 
         Raises:
             JaxptmError: an input without a name here, of another shape, or of values that the model cannot take.

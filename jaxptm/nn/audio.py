@@ -31,7 +31,8 @@ class ConvLayer(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B F E2"]:
+    def __call__(self, x: Float[Array, "B L E"], lengths: Int[Array, " B"] | None = None) -> Float[Array, "B F E2"]:
+        """`lengths`, which the group norm counts alone, are those of `x`; default all of it."""
         config, execution = self.config, self.execution
         x = nn.Conv(
             config.conv_dim[self.index],
@@ -48,7 +49,11 @@ class ConvLayer(nn.Module):
         if config.feat_extract_norm == "layer":
             x = nn.LayerNorm(CONV_NORM_EPS, **options, name="norm")(x)
         elif self.index == 0:
-            x = nn.GroupNorm(None, group_size=1, epsilon=CONV_NORM_EPS, **options, name="norm")(x)
+            counted = None
+            if lengths is not None:
+                frames = (lengths - config.conv_kernel[0]) // config.conv_stride[0] + 1
+                counted = jnp.broadcast_to((jnp.arange(x.shape[1])[None] < frames[:, None])[..., None], x.shape)
+            x = nn.GroupNorm(None, group_size=1, epsilon=CONV_NORM_EPS, **options, name="norm")(x, mask=counted)
         return ACTIVATIONS[config.feat_extract_activation](x)
 
 
@@ -59,12 +64,12 @@ class FeatureEncoder(nn.Module):
     execution: Execution
 
     @nn.compact
-    def __call__(self, samples: Float[Array, "B T"]) -> Float[Array, "B F E"]:
+    def __call__(self, samples: Float[Array, "B T"], lengths: Int[Array, " B"] | None = None) -> Float[Array, "B F E"]:
         # The first layers hold most of what a backward pass needs.
         kind: Any = nn.remat(ConvLayer) if self.execution.remat else ConvLayer
         x = samples[..., None].astype(self.execution.dtype)
         for index in range(len(self.config.conv_dim)):
-            x = kind(self.config, self.execution, index, name=f"conv_{index}")(x)
+            x = kind(self.config, self.execution, index, name=f"conv_{index}")(x, None if index else lengths)
         return x
 
 
@@ -117,6 +122,7 @@ class AudioEmbeddings(nn.Module):
     def __call__(
         self,
         input_values: Float[Array, "B T"],
+        lengths: Int[Array, " B"] | None,
         real: Bool[Array, "B F"] | None,
         mask_embedding: Float[Array, " D"] | None,
         mask_time_indices: Bool[Array, "B F"] | None,
@@ -125,7 +131,7 @@ class AudioEmbeddings(nn.Module):
         train: bool,
     ) -> Frames:
         config, execution = self.config, self.execution
-        convolved = FeatureEncoder(config, execution, name="feature_encoder")(input_values)
+        convolved = FeatureEncoder(config, execution, name="feature_encoder")(input_values, lengths)
         extracted = layer_norm(config, execution, "feature_norm")(convolved)
         x = linear(execution, config.hidden_size, "feature_projection")(extracted)
         x = Dropout(config.feat_proj_dropout)(x, train=train)
@@ -159,6 +165,7 @@ class AudioModel(PretrainedModule):
         self,
         input_values: Float[Array, "B T"],
         attention_mask: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
         mask_time_indices: Bool[Array, "B F"] | None = None,
         mask_feature_indices: Bool[Array, "B D"] | None = None,
         target_positions: Int[Array, "B P"] | None = None,
@@ -175,6 +182,7 @@ class AudioModel(PretrainedModule):
             input_values: samples at 16 kHz, normalised or not as the checkpoint has learned.
             attention_mask: 1 for samples, 0 for padding on the right; default all ones. The group norm of base models
                 sees padding all the same.
+            lengths: samples of each row, instead of a mask: what is padded comes out as it would by itself.
             mask_time_indices: frames that the mask embedding stands in for.
             mask_feature_indices: channels that are 0 in all frames.
             target_positions: frames that the contrastive head runs on; default all.
@@ -187,10 +195,11 @@ class AudioModel(PretrainedModule):
                 norm has seen where norms come before layers.
         """
         config, execution = self.config, self.execution
-        real = None
-        if attention_mask is not None:
-            lengths = config.frames(jnp.sum(attention_mask, axis=1))
-            real = jnp.arange(config.frames(input_values.shape[1]))[None] < lengths[:, None]
+        real, samples = None, lengths
+        if samples is None and attention_mask is not None:
+            samples = jnp.sum(attention_mask, axis=1)
+        if samples is not None:
+            real = jnp.arange(config.frames(input_values.shape[1]))[None] < config.frames(samples)[:, None]
         mask_embedding = None
         if config.masks:
             mask_embedding = nn.Embed(
@@ -201,7 +210,7 @@ class AudioModel(PretrainedModule):
                 name="mask_embedding",
             ).embedding[0]
         frames = AudioEmbeddings(config, execution, name="embeddings")(
-            input_values, real, mask_embedding, mask_time_indices, mask_feature_indices, train=train
+            input_values, lengths, real, mask_embedding, mask_time_indices, mask_feature_indices, train=train
         )
         classifies_states = self.task == "sequence-classification" and config.use_weighted_layer_sum
         hidden, states, _ = Transformer(config, execution, name="encoder")(

@@ -118,8 +118,8 @@ class AudioConfig(ModelConfig):
         """The inputs of a call: samples as float32, masks as int32 and bool.
 
         Args:
-            arrays: `input_values` [B, T], and if wanted `attention_mask` [B, T], `mask_time_indices` [B, F] and
-                `mask_feature_indices` [B, D].
+            arrays: `input_values` [B, T], and if wanted `attention_mask` [B, T] or `lengths` [B], `mask_time_indices`
+                [B, F] and `mask_feature_indices` [B, D].
 
         Raises:
             JaxptmError: an input without a name here, of another shape or type, samples that are no numbers, padding
@@ -143,6 +143,7 @@ class AudioConfig(ModelConfig):
             raise JaxptmError(f"`input_values` row {broken[0]} holds NaN or infinite samples; leave it out.")
         shapes = {
             "attention_mask": (rows, samples),
+            "lengths": (rows,),
             "mask_time_indices": (rows, self.frames(samples)),
             "mask_feature_indices": (rows, self.hidden_size),
         }
@@ -154,9 +155,18 @@ class AudioConfig(ModelConfig):
                 raise JaxptmError(f"the model has no input `{name}`, only {', '.join(['input_values', *shapes])}.")
             if array.shape != shapes[name]:
                 raise JaxptmError(f"`{name}` has shape {list(array.shape)}, expected {list(shapes[name])}.")
+            if name == "lengths":
+                if array.dtype.kind not in "iu" or not ((array >= self.receptive_field) & (array <= samples)).all():
+                    raise JaxptmError(
+                        f"`lengths` has to hold integers from {self.receptive_field} (one frame) to {samples}."
+                    )
+                checked[name] = array.astype(np.int32)
+                continue
             if array.dtype.kind not in "iub" or not np.isin(array, (0, 1)).all():
                 raise JaxptmError(f"`{name}` has to hold 0 and 1, or booleans.")
             checked[name] = array.astype(np.int32 if name == "attention_mask" else bool)
+        if {"attention_mask", "lengths"} <= checked.keys():
+            raise JaxptmError("give `attention_mask` or `lengths`, not both: the first has base models hear padding.")
         if "mask_time_indices" in checked and not self.masks:
             raise JaxptmError(
                 "`mask_time_indices`: the model has no embedding for masked frames, because its config says "

@@ -23,7 +23,7 @@ from jaxptm.types import JaxptmError
 Audio = str | os.PathLike[str] | bytes | np.ndarray | Mapping[str, Any]
 """A file, its bytes, samples at 16 kHz, or {"array" or "raw": samples, "sampling_rate"}."""
 SAMPLE_STEP = RATE // 2
-"""Inputs are padded to a multiple of this where the model is told of padding, so that few shapes are compiled."""
+"""Inputs are padded to a multiple of this, so that few shapes are compiled."""
 
 
 class SpeechPipeline(Pipeline):
@@ -72,25 +72,18 @@ class SpeechPipeline(Pipeline):
         return samples
 
     def _logits(self, rows: Sequence[np.ndarray], batch_size: int) -> list[np.ndarray]:
-        """Of each recording, as it is heard alone.
-
-        Models that are told of padding hear several together; the others one by one, each in its own length.
-        """
-        preprocessor = self.listener.preprocessor
+        """Of each recording, as it is heard alone; several at once, of similar lengths."""
         order = np.argsort([len(row) for row in rows], kind="stable").tolist()
-        size = batch_size if preprocessor.return_attention_mask else 1
         results: dict[int, np.ndarray] = {}
-        for first in range(0, len(order), size):
-            chosen = order[first : first + size]
-            heard: dict[str, Any] = dict(preprocessor([rows[at] for at in chosen]))
-            if preprocessor.return_attention_mask:
-                spare = -len(rows[chosen[-1]]) % SAMPLE_STEP
-                filled = [*range(len(chosen)), *[0] * ((1 << (len(chosen) - 1).bit_length()) - len(chosen))]
-                heard = {name: np.pad(values[filled], ((0, 0), (0, spare))) for name, values in heard.items()}
-            values = np.asarray(self.model(**heard)["logits"])
-            for at, logits in zip(chosen, values, strict=False):
-                frames = self.config.frames(len(rows[at]))
-                results[at] = logits[:frames] if self.task == "ctc" else logits
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            longest = -(-len(rows[chosen[-1]]) // SAMPLE_STEP) * SAMPLE_STEP
+            heard = [self.listener.preprocessor([rows[at]])["input_values"][0] for at in chosen]
+            heard += [heard[0]] * ((1 << (len(chosen) - 1).bit_length()) - len(chosen))
+            values = np.stack([np.pad(samples, (0, longest - len(samples))) for samples in heard])
+            logits = self.model(input_values=values, lengths=np.array([len(samples) for samples in heard]))["logits"]
+            for at, found in zip(chosen, np.asarray(logits), strict=False):
+                results[at] = found[: self.config.frames(len(rows[at]))] if self.task == "ctc" else found
         return [results[at] for at in range(len(rows))]
 
 

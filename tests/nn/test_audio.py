@@ -157,6 +157,22 @@ def test_padding_changes_nothing_where_norms_are_by_frame() -> None:
         assert (np.abs(padded[:, :seen] - alone).max() < 5e-5) == same
 
 
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("task", [None, "ctc", "sequence-classification"])
+def test_rows_with_lengths_come_out_as_they_do_alone(norm: str, task: str | None) -> None:
+    config = SMALL.model_copy(update={"feat_extract_norm": norm})
+    params, lengths = params_of(config, task), (221, 301)
+    padded = audio().at[0, 221:].set(3.0)  # whatever stands there
+    together = run(config, task, params, input_values=padded, lengths=jnp.array(lengths))
+    for row, length in enumerate(lengths):
+        alone = run(config, task, params, input_values=padded[row : row + 1, :length])
+        for name, expected in alone.items():
+            found = together[name][row : row + 1]
+            if task != "sequence-classification":
+                found = found[:, : SMALL.frames(length)]
+            np.testing.assert_allclose(found, expected, atol=5e-5, err_msg=name)
+
+
 def test_rows_are_pooled_without_their_padding() -> None:
     config = SMALL.model_copy(update={"feat_extract_norm": "layer"})
     params = params_of(config, "sequence-classification")
@@ -355,6 +371,10 @@ def broken(kind: str) -> dict[str, np.ndarray]:
             r"`mask_time_indices` has shape \[2, 60\], expected \[2, 2\]",
         ),
         (broken("") | {"mask_feature_indices": np.ones((2, 32))}, "`mask_feature_indices` has to hold 0 and 1"),
+        (broken("") | {"lengths": np.array([60, 30])}, "give `attention_mask` or `lengths`, not both"),
+        (broken("") | {"lengths": np.array([60, 61])}, "`lengths` has to hold integers from"),
+        (broken("") | {"lengths": np.array([60.0, 60.0])}, "`lengths` has to hold integers from"),
+        (broken("") | {"lengths": np.array([60])}, "`lengths` has shape \\[1\\], expected \\[2\\]"),
         (broken("") | {"input_ids": np.ones((2, 60), int)}, "has no input `input_ids`, only input_values, attention_"),
     ],
 )
