@@ -176,3 +176,23 @@ def test_a_collapse_is_named(loss: float, accuracy: float, used: tuple[float, fl
     values |= {f"code_perplexity_{i}": value for i, value in enumerate(used, 1)}
     said = collapse(values, negatives=100)
     assert said is None if message is None else message in str(said)
+
+
+def test_short_rows_of_which_too_much_is_hidden_are_named(tmp_path: Path) -> None:
+    speech.saved(tmp_path, "ctc", **speech.STYLES["large"])
+    ours = from_pretrained(tmp_path, "ctc")
+    batch = {**batch_of(), "labels": np.array([[1, 2], [3, -100], [4, -100]], np.int32)}
+    keys = jax.random.split(jax.random.key(3), 3)
+
+    def alarm(**settings: Any) -> tuple[float, str | None]:
+        objective = ctc(CtcConfig(name="ctc", **settings), ours.module)  # type: ignore[arg-type]
+        scores = objective.loss(ours.params, batch, keys, train=True)[1]
+        values = {name: float(mean.value) for name, mean in scores.items()}
+        return values.get("hidden_share", 0.0), objective.alarm(values)
+
+    share, said = alarm(mask_probability=0.1, mask_length=5)
+    assert share > 0.3 and said is not None
+    assert f"{share:.0%} of the frames are hidden in training, where objective.mask_probability says 10%" in said
+    assert alarm(mask_probability=0.0) == (0.0, None)
+    share, said = alarm(mask_probability=0.6, mask_length=2)
+    assert 0 < share < 0.6 and said is None
