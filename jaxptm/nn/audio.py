@@ -165,7 +165,6 @@ class AudioModel(PretrainedModule):
         self,
         input_values: Float[Array, "B T"],
         attention_mask: Int[Array, "B T"] | None = None,
-        lengths: Int[Array, " B"] | None = None,
         mask_time_indices: Bool[Array, "B F"] | None = None,
         mask_feature_indices: Bool[Array, "B D"] | None = None,
         target_positions: Int[Array, "B P"] | None = None,
@@ -173,6 +172,7 @@ class AudioModel(PretrainedModule):
         gumbel_noise: Float[Array, "B P G N"] | None = None,
         temperature: float | Float[Array, ""] = 2.0,
         *,
+        lengths: Int[Array, " B"] | None = None,
         train: bool = False,
         output_hidden_states: bool = False,
     ) -> dict[str, Any]:
@@ -182,7 +182,6 @@ class AudioModel(PretrainedModule):
             input_values: samples at 16 kHz, normalised or not as the checkpoint has learned.
             attention_mask: 1 for samples, 0 for padding on the right; default all ones. The group norm of base models
                 sees padding all the same.
-            lengths: samples of each row, instead of a mask: what is padded comes out as it would by itself.
             mask_time_indices: frames that the mask embedding stands in for.
             mask_feature_indices: channels that are 0 in all frames.
             target_positions: frames that the contrastive head runs on; default all.
@@ -190,6 +189,7 @@ class AudioModel(PretrainedModule):
                 are targets, 1 for the masked ones.
             gumbel_noise: of the quantiser in training; default drawn from the rng `gumbel`.
             temperature: of the quantiser's softmax in training.
+            lengths: samples of each row, instead of a mask: what is padded comes out as it would by itself.
             train: dropout on; needs the rng `dropout`.
             output_hidden_states: adds `hidden_states`, one [B, F, D] before each layer and one after the last, which no
                 norm has seen where norms come before layers.
