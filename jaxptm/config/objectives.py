@@ -18,6 +18,9 @@ class MaskedLmConfig(Config):
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     max_predictions: Positive | None = None
     """Static number of prediction slots a row; default `ceil(mask_probability * sequence_length)`."""
+    dupe_factor: Positive | None = None
+    """Masks that there are of a row in all, one of which is drawn at each visit, as where BERT's rows were written with
+    10 each before training; default new ones at each visit (RoBERTa section 4.1). Pairs are cut anew in each epoch."""
 
     def slots(self, sequence_length: int) -> int:
         """Prediction slots of a row of `sequence_length` tokens."""

@@ -12,7 +12,7 @@ from jaxptm.models.params import initialise
 from jaxptm.nn.text import TextModel
 from jaxptm.objectives.objective import Objective
 from jaxptm.ops.losses import accuracy, cross_entropy, token_share
-from jaxptm.ops.masking import VocabularyTables, mask_tokens
+from jaxptm.ops.masking import VocabularyTables, mask_tokens, static_keys
 from jaxptm.types import Array, Batch, Means, Params
 
 
@@ -34,6 +34,8 @@ def masked_language_model(
         mask_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
         ids, real = arrays["input_ids"], arrays["attention_mask"].astype(bool)
+        if train and config.dupe_factor:
+            mask_keys = static_keys(mask_keys, ids, config.dupe_factor)
         masked = mask_tokens(
             mask_keys,
             ids,

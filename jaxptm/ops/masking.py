@@ -23,6 +23,9 @@ Strategy = Literal["tokens", "words", "spans"]
 SPAN_LENGTHS = np.arange(1, 11)
 SPAN_PROBABILITIES = 0.2 * 0.8 ** (SPAN_LENGTHS - 1) / (1 - 0.8**10)
 
+HASH_BASE = 0x9E3779B1
+"""Odd, and its bits look random: rows that differ in one token differ in their hash."""
+
 
 class Masked(NamedTuple):
     """A batch to predict from. Slots that hold a prediction come first, by position; the others are 0 throughout."""
@@ -88,6 +91,23 @@ def mask_tokens(
         return hidden, jnp.where(filled, positions, 0), labels, filled.astype(jnp.float32)
 
     return Masked(*jax.vmap(mask_row)(keys, input_ids, eligible, word_start, lengths))
+
+
+def static_keys(keys: Key[Array, " B"], input_ids: Int[Array, "B L"], dupe_factor: int) -> Key[Array, " B"]:
+    """For each row one of `dupe_factor` keys that depend on its tokens alone, drawn by its own key.
+
+    Static masks, as where each row was written to disk with so many masks before training (create_pretraining_data.py
+    of google-research/bert, `dupe_factor`; Liu et al. 2019, section 4.1), of all seeds the same.
+    """
+    powers = np.array([pow(HASH_BASE, i + 1, 2**32) for i in range(input_ids.shape[1])], np.uint32)
+    contents = jnp.sum(input_ids.astype(jnp.uint32) * powers[None], axis=1, dtype=jnp.uint32)
+    root = jax.random.key(0, impl=jax.random.key_impl(keys))
+
+    def key_of(key: Array, content: Array) -> Array:
+        copy = jax.random.randint(key, (), 0, dupe_factor)
+        return jax.random.fold_in(jax.random.fold_in(root, content), copy)
+
+    return jax.vmap(key_of)(keys, contents)
 
 
 def mask_with_replacement(

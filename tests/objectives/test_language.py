@@ -141,3 +141,22 @@ def test_padding_rows_count_nothing() -> None:
     two, _ = objective.loss(params, fuller, keys, train=False)
     assert float(one["clm_loss"].weight) == float(two["clm_loss"].weight)
     assert float(one["clm_loss"].value) == pytest.approx(float(two["clm_loss"].value), rel=1e-6)
+
+
+def test_with_a_dupe_factor_the_masks_of_a_row_come_back() -> None:
+    """Of one mask a row, training asks the same at every step, and evaluation what it always asks."""
+    module = TextModel(FAMILIES["bert"].config(**SIZES), "masked-lm")
+    special = np.arange(97) < 5
+    tables = VocabularyTables(special, np.zeros(97, bool))
+    ids = np.random.default_rng(0).integers(5, 97, (6, 24)).astype(np.int32)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    params = masked_language_model(MaskedLmConfig(name="masked-lm"), module, tables, 4, 24).init(jax.random.key(1))
+
+    def losses(train: bool, **options: Any) -> list[float]:
+        objective = masked_language_model(MaskedLmConfig(name="masked-lm", **options), module, tables, 4, 24)
+        loss = jax.jit(lambda key: objective.loss(params, batch, row_keys(key, batch), train=train)[0]["mlm_loss"])
+        return [float(loss(jax.random.key(seed)).value) for seed in range(4)]
+
+    assert len(set(losses(True, dupe_factor=1))) == 1
+    assert len(set(losses(True))) == 4
+    assert losses(False, dupe_factor=1) == losses(False)

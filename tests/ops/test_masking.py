@@ -20,6 +20,7 @@ from jaxptm.ops.masking import (
     replace_masked,
     select_spans,
     select_words,
+    static_keys,
     vocabulary_tables,
     word_bounds,
 )
@@ -263,6 +264,29 @@ def test_masks_are_a_function_of_the_key_and_of_the_row_alone(strategy):
     assert (other.positions != together.positions).any(axis=1).all()
     same_rows = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
     assert len({tuple(row) for row in mask(same_rows, strategy, keys).positions.tolist()}) == 8
+
+
+def test_static_masks_are_a_function_of_the_row_and_of_one_of_so_many_copies():
+    """Each visit of a row has one of `dupe_factor` masks, wherever it stands and whatever its neighbours; all occur."""
+    batch = corpus(64, 32)
+    seen: dict[bytes, set[bytes]] = {}
+    for visit in range(40):
+        order = jnp.asarray(np.random.default_rng(visit).permutation(64))
+        moved = {name: values[order] for name, values in batch.items()}
+        keys = static_keys(jax.random.split(jax.random.key(visit), 64), moved["input_ids"], 3)
+        masked = mask(moved, "tokens", keys)
+        for row, shown in zip(np.asarray(moved["input_ids"]), masked.input_ids, strict=True):
+            seen.setdefault(row.tobytes(), set()).add(shown.tobytes())
+    assert len(seen) == 64 and {len(masks) for masks in seen.values()} == {3}
+
+
+def test_static_masks_differ_between_rows_that_differ_in_one_token():
+    row = corpus(1, 32, padding=False)["input_ids"]
+    rows = jnp.repeat(row, 33, axis=0).at[jnp.arange(32), jnp.arange(32)].add(1)
+    keys = jax.random.key_data(static_keys(jax.random.split(jax.random.key(0), 33), rows, 1))
+    assert len(np.unique(np.asarray(keys), axis=0)) == 33
+    swapped = jax.random.key_data(static_keys(jax.random.split(jax.random.key(0), 33), rows[:, ::-1], 1))
+    assert not np.any(np.all(np.asarray(keys) == np.asarray(swapped), axis=1))
 
 
 def test_jit_changes_nothing():
