@@ -2,10 +2,16 @@
 
     python experiments/arms.py FOLDER OUT [--seeds 3] [--jobs 1] [key.key=value ...]
 
-FOLDER holds `config.yaml`, what all arms share, and `arms.yaml`: the figure that is compared, and of each arm the keys
-that differ. Runs lie in OUT/<arm>_seed_<n>; what is finished is not run again, what was interrupted goes on. OUT gets
-`arms.json` (every figure), `arms.md` (the table) and at the end `arms.png` (the curves). Keys on the command line hold
-for all arms. With `--jobs` several runs go at once, each on its share of the cores.
+FOLDER holds `config.yaml`, what all arms share, and `arms.yaml`: of each arm the keys that differ (`arms`), and what is
+compared (`compared`, by name), each time one figure of a run:
+
+    held-out loss: {figure: mlm_loss}                              # as the run itself ends
+    at 15%: {figure: mlm_loss, evaluate: [objective.mask_probability=0.15]}    # `jaxptm evaluate` with other keys
+    CoLA: {figure: score, train: glue.yaml, keys: [data.task=cola]}            # a fine-tuning of the run's model
+
+Runs lie in OUT/<arm>_seed_<n>; what is finished is not run again, what was interrupted goes on. OUT gets `arms.json`
+(every figure), `arms.md` (the table) and at the end `arms.png`. Keys on the command line hold for all arms. With
+`--jobs` several runs go at once, each on its share of the cores.
 """
 
 from __future__ import annotations
@@ -16,7 +22,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,63 +32,176 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import yaml
+from matplotlib.axes import Axes
+from pydantic import BaseModel, ValidationError
 
 from jaxptm.metrics import read_metrics
 
 
-def command(what: str, folder: Path, run: Path, *overrides: str) -> list[str]:
-    """How jaxptm is started."""
-    return [sys.executable, "-m", "jaxptm.cli", what, str(folder / "config.yaml"), *overrides, f"out={run}"]
+class Compared(BaseModel, extra="forbid"):
+    """One figure of a run: its own, or of `evaluate`, or of `train`."""
+
+    figure: str
+    evaluate: list[str] | None = None
+    """Keys of `jaxptm evaluate`."""
+    train: str | None = None
+    """The config of a fine-tuning, from the folder of the experiment."""
+    keys: list[str] = []
+    """Its keys."""
 
 
-def prepare(folder: Path, out: Path, arms: Iterable[list[str]], overrides: list[str]) -> None:
+class Experiment(BaseModel, extra="forbid"):
+    """What an arms.yaml says."""
+
+    arms: dict[str, list[str]]
+    compared: dict[str, Compared]
+    folder: Path
+
+
+def read(folder: Path) -> Experiment:
+    """The experiment in a folder."""
+    said = yaml.safe_load((folder / "arms.yaml").read_text())
+    return Experiment(**said, folder=folder)
+
+
+def jaxptm(output: Path, *words: str | Path) -> str:
+    """What a command of jaxptm writes to its standard output; that and its errors go behind `output` as well."""
+    with output.open("a") as log:
+        command = [sys.executable, "-m", "jaxptm.cli", *map(str, words)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        log.write(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"{output.parent.name} failed: {output} says why.")
+    return done.stdout
+
+
+def prepare(experiment: Experiment, out: Path, overrides: list[str]) -> None:
     """Tokenises or decodes once what several runs at once would each."""
-    for keys in {tuple(key for key in arm if key.startswith("data.")) for arm in arms}:
-        subprocess.run(command("prepare", folder, out / "prepared", *keys, *overrides), check=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for keys in {tuple(key for key in arm if key.startswith("data.")) for arm in experiment.arms.values()}:
+        config = experiment.folder / "config.yaml"
+        jaxptm(out / "prepare.txt", "prepare", config, *keys, *overrides, f"out={out / 'prepared'}")
+
+
+def results(run: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
+    said: dict[str, Any] = json.loads((run / "results.json").read_text())
+    return said
+
+
+def run_once(experiment: Experiment, arm: str, seed: int, run: Path, overrides: list[str]) -> None:
+    """One run, and what is compared of it, in `compared.json`; each part only where it is missing."""
+    run.mkdir(parents=True, exist_ok=True)
+    config, output, keys = experiment.folder / "config.yaml", run / "output.txt", [*experiment.arms[arm], *overrides]
+    if not (run / "results.json").exists():
+        jaxptm(output, "train", config, *keys, f"train.seed={seed}", f"out={run}")
+    path = run / "compared.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    for name, compared in experiment.compared.items():
+        if name in figures:
+            continue
+        if compared.evaluate is not None:
+            said = jaxptm(output, "evaluate", run, config, *keys, *compared.evaluate, f"train.seed={seed}")
+            figures[name] = float(dict(line.split() for line in said.splitlines())[compared.figure])
+        elif compared.train is not None:
+            task = run / name
+            if not (task / "results.json").exists():
+                tuned = experiment.folder / compared.train
+                begin = f"init_from={run / 'model'}"
+                jaxptm(output, "train", tuned, begin, *compared.keys, f"train.seed={seed}", f"out={task}")
+            figures[name] = results(task)["eval"][compared.figure]
+        else:
+            figures[name] = results(run)["eval"][compared.figure]
+        unfinished = path.with_suffix(".partial")  # another job may be reading
+        unfinished.write_text(json.dumps(figures, indent=2) + "\n")
+        unfinished.replace(path)
 
 
 def finished(out: Path, arm: str) -> dict[int, Path]:
     """The directories of the runs of an arm that have come to their end, by seed."""
-    found = (path.parent for path in out.glob("*/results.json"))
+    found = (path.parent for path in out.glob("*/compared.json"))
     seeds = {int(run.name.rpartition("_")[2]): run for run in found if run.name.rpartition("_seed_")[0] == arm}
     return dict(sorted(seeds.items()))
 
 
-def summary(out: Path, experiment: dict[str, Any]) -> dict[str, Any]:
-    """Of each arm its keys, the figure of every seed, their median, and seconds a run; versions and devices."""
-    said: dict[str, Any] = {"figure": experiment["figure"], "arms": {}}
-    for arm, keys in experiment["arms"].items():
-        results = {seed: json.loads((run / "results.json").read_text()) for seed, run in finished(out, arm).items()}
-        if not results:
+def summary(out: Path, experiment: Experiment) -> dict[str, Any]:
+    """Of each arm its keys, each figure of every seed and their median, and seconds a run; versions and devices."""
+    said: dict[str, Any] = {"arms": {}}
+    for arm, keys in experiment.arms.items():
+        runs = {
+            seed: (json.loads((run / "compared.json").read_text()), results(run))
+            for seed, run in finished(out, arm).items()
+        }
+        figures = {
+            name: {str(seed): compared[name] for seed, (compared, _) in runs.items() if name in compared}
+            for name in experiment.compared
+        }
+        if not all(figures.values()):
             continue
-        figures = {str(seed): result["eval"][experiment["figure"]] for seed, result in results.items()}
         said["arms"][arm] = {
             "keys": keys,
             "figures": figures,
-            "median": statistics.median(figures.values()),
-            "seconds": [round(result["seconds"]) for result in results.values()],
+            "medians": {name: statistics.median(values.values()) for name, values in figures.items()},
+            "seconds": [round(result["seconds"]) for _, result in runs.values()],
         }
-        said |= {key: results[next(iter(results))][key] for key in ("versions", "devices")}
+        said |= {key: next(iter(runs.values()))[1][key] for key in ("versions", "devices")}
     return said
 
 
 def table(said: dict[str, Any]) -> str:
     """The summary as Markdown."""
-    lines = [f"| arm | {said['figure']}, median | each seed | seconds a run |", "|---|---|---|---|"]
+    names = list(next(iter(said["arms"].values()))["figures"]) if said["arms"] else []
+    lines = ["| arm | " + " | ".join(f"{name}: median (each seed)" for name in names) + " | seconds a run |"]
+    lines += ["|---" * (len(names) + 2) + "|"]
     for arm, one in said["arms"].items():
-        values = ", ".join(f"{value:.4f}" for value in one["figures"].values())
-        lines.append(f"| {arm} | {one['median']:.4f} | {values} | {statistics.median(one['seconds']):.0f} |")
+        cells = [
+            f"{one['medians'][name]:.4f} ({', '.join(f'{value:.4f}' for value in one['figures'][name].values())})"
+            for name in names
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.median(one['seconds']):.0f} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(out: Path, experiment: dict[str, Any], picture: Path) -> None:
-    """The figure against the steps: of each arm the median of its seeds, and from the least to the largest."""
-    name = f"eval/{experiment['figure']}"
-    figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
+def draw(out: Path, experiment: Experiment, said: dict[str, Any], picture: Path) -> None:
+    """A panel for each figure.
+
+    Where it is the run's own, against the steps: of each arm the median of its seeds, and from the least to the
+    largest. Otherwise every seed of every arm, and the medians.
+    """
+    figure, panels = plt.subplots(
+        1,
+        len(experiment.compared),
+        figsize=(3 + 5 * len(experiment.compared), 4.5),
+        layout="constrained",
+        squeeze=False,
+    )
+    for panel, (name, compared) in zip(panels[0], experiment.compared.items(), strict=True):
+        panel.set_title(name)
+        panel.grid(alpha=0.3)
+        if compared.evaluate is None and compared.train is None:
+            curves(panel, out, experiment, compared.figure)
+            panel.legend()
+            continue
+        arms = said["arms"]
+        for at, one in enumerate(arms.values()):
+            panel.plot([at] * len(one["figures"][name]), list(one["figures"][name].values()), "o", alpha=0.5)
+            panel.plot([at], [one["medians"][name]], "_", markersize=20, color="black")
+        panel.set_xticks(range(len(arms)), list(arms), rotation=30, ha="right")
+        panel.set_ylabel(compared.figure)
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+
+
+def curves(panel: Axes, out: Path, experiment: Experiment, figure: str) -> None:
+    """A figure of the runs against their steps."""
     shown: list[float] = []
-    for arm in experiment["arms"]:
+    for arm in experiment.arms:
         runs = [
-            {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if name in line}
+            {
+                line["step"]: line[f"eval/{figure}"]
+                for line in read_metrics(run / "metrics.jsonl")
+                if f"eval/{figure}" in line
+            }
             for run in finished(out, arm).values()
         ]
         if not runs:
@@ -96,14 +214,10 @@ def draw(out: Path, experiment: dict[str, Any], picture: Path) -> None:
         panel.fill_between(
             steps, [min(each) for each in values], [max(each) for each in values], alpha=0.2, color=line.get_color()
         )
-    panel.set(xlabel="Step", ylabel=experiment["figure"])
+    panel.set(xlabel="Step", ylabel=figure)
     if shown:  # and not one seed that went astray
         margin = 0.05 * (max(shown) - min(shown)) or 1.0
         panel.set_ylim(min(shown) - margin, max(shown) + margin)
-    panel.grid(alpha=0.3)
-    panel.legend()
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -119,39 +233,37 @@ def main() -> None:
         parser.error("--seeds and --jobs: at least 1.")
     if not (arguments.folder / "arms.yaml").is_file():
         parser.error(f"{arguments.folder}: holds no arms.yaml; name the folder of an experiment.")
-    experiment = yaml.safe_load((arguments.folder / "arms.yaml").read_text())
-    prepare(arguments.folder, arguments.out, experiment["arms"].values(), arguments.overrides)
-
-    def run(arm: str, seed: int) -> str:
-        directory = arguments.out / f"{arm}_seed_{seed}"
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "results.json").exists():
-            keys = [*experiment["arms"][arm], *arguments.overrides, f"train.seed={seed}"]
-            with (directory / "output.txt").open("a") as output:
-                train = command("train", arguments.folder, directory, *keys)
-                if subprocess.run(train, stdout=output, stderr=output).returncode:
-                    raise RuntimeError(f"{arm}, seed {seed} failed: {directory / 'output.txt'} says why.")
-        return f"{arm}, seed {seed}"
-
+    try:
+        experiment = read(arguments.folder)
+    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        parser.error(f"{arguments.folder / 'arms.yaml'}: {error}")
+    out = arguments.out
     # Seed by seed, so that what is there at any time compares all arms. A thread's cores are those of what it starts.
-    runs = [(arm, seed) for seed in range(arguments.seeds) for arm in experiment["arms"]]
+    runs = [(arm, seed) for seed in range(arguments.seeds) for arm in experiment.arms]
     shares: SimpleQueue[list[int]] = SimpleQueue()
     cores = sorted(os.sched_getaffinity(0))
     for job in range(arguments.jobs):
         shares.put(cores[job % len(cores) :: arguments.jobs])
     pool = ThreadPoolExecutor(arguments.jobs, initializer=lambda: os.sched_setaffinity(0, shares.get()))
     try:
+        prepare(experiment, out, arguments.overrides)
+
+        def run(arm: str, seed: int) -> str:
+            run_once(experiment, arm, seed, out / f"{arm}_seed_{seed}", arguments.overrides)
+            return f"{arm}, seed {seed}"
+
         for done in [pool.submit(run, *each) for each in runs]:
             print(done.result(), flush=True)
-            said = summary(arguments.out, experiment)
-            (arguments.out / "arms.json").write_text(json.dumps(said, indent=2) + "\n")
-            (arguments.out / "arms.md").write_text(table(said))
+            said = summary(out, experiment)
+            (out / "arms.json").write_text(json.dumps(said, indent=2) + "\n")
+            (out / "arms.md").write_text(table(said))
     except RuntimeError as error:
         sys.exit(str(error))
     finally:
         pool.shutdown(cancel_futures=True)
+    said = summary(out, experiment)
     print(table(said), end="")
-    draw(arguments.out, experiment, arguments.out / "arms.png")
+    draw(out, experiment, said, out / "arms.png")
 
 
 if __name__ == "__main__":
