@@ -2,8 +2,9 @@
 
     python experiments/arms.py FOLDER OUT [--seeds 3] [--jobs 1] [key.key=value ...]
 
-FOLDER holds `config.yaml`, what all arms share, and `arms.yaml`: of each arm the keys that differ (`arms`), and what is
-compared (`compared`, by name), each time one figure of a run:
+FOLDER holds `config.yaml`, what all arms share, and `arms.yaml`: of each arm the keys that differ (`arms`), another
+config than the one beside it (`config`), keys of all arms (`keys`), and what is compared (`compared`, by name), each
+time one figure of a run:
 
     held-out loss: {figure: mlm_loss}                              # as the run itself ends
     at 15%: {figure: mlm_loss, evaluate: [objective.mask_probability=0.15]}    # `jaxptm evaluate` with other keys
@@ -53,9 +54,16 @@ class Compared(BaseModel, extra="forbid"):
 class Experiment(BaseModel, extra="forbid"):
     """What an arms.yaml says."""
 
+    folder: Path
+    config: str = "config.yaml"
+    """From the folder."""
+    keys: list[str] = []
     arms: dict[str, list[str]]
     compared: dict[str, Compared]
-    folder: Path
+
+    def of(self, arm: str) -> tuple[Path | str, ...]:
+        """Config and keys of an arm."""
+        return self.folder / self.config, *self.keys, *self.arms[arm]
 
 
 def read(folder: Path) -> Experiment:
@@ -78,9 +86,9 @@ def jaxptm(output: Path, *words: str | Path) -> str:
 def prepare(experiment: Experiment, out: Path, overrides: list[str]) -> None:
     """Tokenises or decodes once what several runs at once would each."""
     out.mkdir(parents=True, exist_ok=True)
-    for keys in {tuple(key for key in arm if key.startswith("data.")) for arm in experiment.arms.values()}:
-        config = experiment.folder / "config.yaml"
-        jaxptm(out / "prepare.txt", "prepare", config, *keys, *overrides, f"out={out / 'prepared'}")
+    different = {tuple(key for key in keys if key.startswith("data.")): arm for arm, keys in experiment.arms.items()}
+    for arm in different.values():
+        jaxptm(out / "prepare.txt", "prepare", *experiment.of(arm), *overrides, f"out={out / 'prepared'}")
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -92,16 +100,16 @@ def results(run: Path) -> dict[str, Any]:
 def run_once(experiment: Experiment, arm: str, seed: int, run: Path, overrides: list[str]) -> None:
     """One run, and what is compared of it, in `compared.json`; each part only where it is missing."""
     run.mkdir(parents=True, exist_ok=True)
-    config, output, keys = experiment.folder / "config.yaml", run / "output.txt", [*experiment.arms[arm], *overrides]
+    output, settings = run / "output.txt", (*experiment.of(arm), *overrides)
     if not (run / "results.json").exists():
-        jaxptm(output, "train", config, *keys, f"train.seed={seed}", f"out={run}")
+        jaxptm(output, "train", *settings, f"train.seed={seed}", f"out={run}")
     path = run / "compared.json"
     figures = json.loads(path.read_text()) if path.exists() else {}
     for name, compared in experiment.compared.items():
         if name in figures:
             continue
         if compared.evaluate is not None:
-            said = jaxptm(output, "evaluate", run, config, *keys, *compared.evaluate, f"train.seed={seed}")
+            said = jaxptm(output, "evaluate", run, *settings, *compared.evaluate, f"train.seed={seed}")
             figures[name] = float(dict(line.split() for line in said.splitlines())[compared.figure])
         elif compared.train is not None:
             task = run / name

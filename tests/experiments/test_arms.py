@@ -133,11 +133,12 @@ def test_what_arms_yaml_must_not_say_is_named(
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/arms.yaml")), ids=lambda path: path.parent.name)
 def test_the_arms_of_each_experiment_are_configs(path: Path) -> None:
     experiment = arms.read(path.parent)
-    for keys in experiment.arms.values():
-        load_config(path.parent / "config.yaml", keys)
+    for arm in experiment.arms:
+        config, *keys = experiment.of(arm)
+        load_config(config, keys)
         for compared in experiment.compared.values():
             if compared.evaluate is not None:
-                load_config(path.parent / "config.yaml", [*keys, *compared.evaluate])
+                load_config(config, [*keys, *compared.evaluate])
     for compared in experiment.compared.values():
         if compared.train is not None:
             load_config(path.parent / compared.train, compared.keys)
