@@ -25,6 +25,9 @@ from jaxptm.nn.text import TextConfig, TextModel, forward_flops
 from jaxptm.parallel import partition
 from jaxptm.types import Array, JaxptmError, Params
 
+ROWS = 104729
+"""Rows that are traced: a prime, so that what it divides is what rows have."""
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -289,24 +292,22 @@ def _kept_by_layer(config: TextConfig, execution: Execution, length: int, tensor
     kind = PostNormLayer if config.norm == "post" else PreNormLayer
     layer = kind(config, execution, train)
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    x = jax.ShapeDtypeStruct((ROWS, length, config.hidden_size), execution.dtype)
+    mask = jax.ShapeDtypeStruct((ROWS, 1, 1, length), jnp.bool_)
 
-    def residuals(rows: int) -> Any:
-        def keep(key: Array, x: Array, mask: Array) -> Any:
-            def apply(variables: Params, x: Array) -> Array:
-                return layer.apply(variables, x, mask, rngs={"dropout": key})[0]
+    def keep(variables: Params, key: Array, x: Array, mask: Array) -> Any:
+        def apply(variables: Params, x: Array) -> Array:
+            return layer.apply(variables, x, mask, rngs={"dropout": key})[0]
 
-            if execution.remat:
-                apply = jax.checkpoint(apply, policy=policies.get(str(execution.remat)))
-            return jax.vjp(apply, layer.init(key, x, mask), x)[1]
-
-        x = jax.ShapeDtypeStruct((rows, length, config.hidden_size), execution.dtype)
-        mask = jax.ShapeDtypeStruct((rows, 1, 1, length), jnp.bool_)
-        return jax.eval_shape(keep, _key(), x, mask)
+        if execution.remat:
+            apply = jax.checkpoint(apply, policy=policies.get(str(execution.remat)))
+        return jax.vjp(apply, variables, x)[1]
 
     def parts(shape: tuple[int, ...]) -> int:
         return tensor if len(shape) == 4 or shape[-1:] == (config.intermediate_size,) else 1
 
-    return _bytes_a_row(residuals, parts)
+    variables = jax.eval_shape(layer.init, _key(), x, mask)
+    return _bytes_a_row(jax.eval_shape(keep, variables, _key(), x, mask), parts)
 
 
 @cache
@@ -316,33 +317,29 @@ def _kept_by_ends(
     """Bytes a row that embeddings and heads keep for their backward pass: a model of one layer, less the layer."""
     execution = replace(execution, scan=False, remat=False)
     module = TextModel(config.model_copy(update={"num_hidden_layers": 1}), task, execution)
+    ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
+    positions = jax.ShapeDtypeStruct((ROWS, predictions), jnp.int32)
 
-    def residuals(rows: int) -> Any:
-        def keep(key: Array, ids: Array, positions: Array) -> Any:
-            def apply(variables: Params) -> Any:
-                return module.apply(
-                    variables, ids, ids, ids, mlm_positions=positions, train=train, rngs={"dropout": key}
-                )
+    def keep(variables: Params, key: Array, ids: Array, positions: Array) -> Any:
+        def apply(variables: Params) -> Any:
+            return module.apply(variables, ids, ids, ids, mlm_positions=positions, train=train, rngs={"dropout": key})
 
-            return jax.vjp(apply, module.init({"params": key, "dropout": key}, ids))[1]
+        return jax.vjp(apply, variables)[1]
 
-        ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        return jax.eval_shape(keep, _key(), ids, jax.ShapeDtypeStruct((rows, predictions), jnp.int32))
-
-    return _bytes_a_row(residuals, lambda shape: 1) - _kept_by_layer(config, execution, length, 1, train)
+    of_model = jax.eval_shape(keep, {"params": abstract_params(module)}, _key(), ids, positions)
+    return _bytes_a_row(of_model, lambda shape: 1) - _kept_by_layer(config, execution, length, 1, train)
 
 
 def _key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _bytes_a_row(residuals: Callable[[int], Any], parts: Callable[[tuple[int, ...]], int]) -> float:
-    """Bytes that a second row adds; weights, which every row shares, cancel, and masks XLA makes again."""
-    one, two = (jax.tree.leaves(residuals(rows)) for rows in (1, 2))
+def _bytes_a_row(residuals: Any, parts: Callable[[tuple[int, ...]], int]) -> float:
+    """Bytes of what ROWS rows keep, a row; weights have no axis of rows, and masks XLA makes again."""
     return math.fsum(
-        (b.size - a.size) * b.dtype.itemsize / parts(b.shape)
-        for a, b in zip(one, two, strict=True)
-        if not jnp.issubdtype(b.dtype, jax.dtypes.prng_key) and b.dtype != jnp.bool_
+        leaf.size / ROWS * leaf.dtype.itemsize / parts(leaf.shape)
+        for leaf in jax.tree.leaves(residuals)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.dtype != jnp.bool_ and leaf.size % ROWS == 0
     )
 
 

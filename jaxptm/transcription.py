@@ -85,7 +85,7 @@ def beam_search(
     blank: int,
     *,
     width: int = 50,
-    candidates: int = 20,
+    token_min_logp: float = -5.0,
     words: WordScoring | None = None,
 ) -> list[Transcript]:
     """The likeliest transcripts, each over all of its alignments, best first (Graves 2012; Hannun et al. 2014).
@@ -93,19 +93,20 @@ def beam_search(
     Args:
         log_probs: natural logarithms; each frame sums to one.
         width: transcripts that are kept from frame to frame.
-        candidates: symbols a frame that are tried, the likeliest ones.
+        token_min_logp: log probability that a symbol must have to be tried in a frame, the likeliest one aside. Most
+            frames have one or two such; the default is that of pyctcdecode.
         words: a language model over the words that the symbols spell.
 
     Raises:
-        JaxptmError: `width` or `candidates` is below 1.
+        JaxptmError: `width` is below 1.
     """
-    if min(width, candidates) < 1:
-        raise JaxptmError(f"a beam of width {width} with {candidates} candidates: both are at least 1.")
+    if width < 1:
+        raise JaxptmError(f"a beam of width {width}: it is at least 1.")
     told = _Told(words)
     # Of each transcript so far, log probabilities that it ends in a blank and that it does not.
     beam: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, NEVER)}
     for frame in np.asarray(log_probs, np.float64):
-        tried = np.argsort(-frame, kind="stable")[:candidates].tolist()
+        tried = np.flatnonzero(frame >= min(token_min_logp, frame.max())).tolist()
         following: dict[tuple[int, ...], tuple[float, float]] = {}
 
         def add(symbols: tuple[int, ...], blank_ends: float, symbol_ends: float, into: Any = following) -> None:

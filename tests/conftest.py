@@ -20,7 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # most of the time is XLA's: what is compiled once serves all tests
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxptm-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: torch's threads would wait for each other, spinning
     os.environ["OMP_NUM_THREADS"] = "1"

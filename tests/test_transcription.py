@@ -65,7 +65,7 @@ class Bigrams:
 def test_a_wide_beam_is_the_search_of_all_paths(seed: int, count: int) -> None:
     log_probs = frames(seed, count)
     wanted = {symbols: total(paths) for symbols, paths in all_paths(log_probs).items()}
-    found = beam_search(log_probs, BLANK, width=10**6)
+    found = beam_search(log_probs, BLANK, width=10**6, token_min_logp=-math.inf)
     assert {each.symbols for each in found} == set(wanted)
     for each in found:
         assert each.score == pytest.approx(wanted[each.symbols])
@@ -82,7 +82,7 @@ def test_a_language_model_counts_whole_words(seed: int, count: int, weight: floa
     for symbols, paths in all_paths(log_probs).items():
         text = "".join(SPELL[symbol] for symbol in symbols)
         wanted[symbols] = total(paths) + weight * model.whole(text) + bonus * len(text.split())
-    found = beam_search(log_probs, BLANK, width=10**6, words=words)
+    found = beam_search(log_probs, BLANK, width=10**6, token_min_logp=-math.inf, words=words)
     for each in found:
         assert each.score == pytest.approx(wanted[each.symbols])
     assert found[0].score == pytest.approx(max(wanted.values()))
@@ -96,6 +96,17 @@ def test_a_narrow_beam_finds_nearly_as_much() -> None:
         assert narrow <= wide + 1e-9
         gaps.append(wide - narrow)
     assert np.mean(gaps) < 1.0
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.floats(-3, 0))
+def test_symbols_that_are_too_unlikely_are_in_no_transcript(seed: int, count: int, least: float) -> None:
+    """What is found is what all paths give that keep to symbols of at least so much, or to the frame's likeliest."""
+    log_probs = frames(seed, count)
+    kept = np.where(log_probs >= np.minimum(least, log_probs.max(axis=1, keepdims=True)), log_probs, -math.inf)
+    wanted = {symbols: total(paths) for symbols, paths in all_paths(kept).items() if total(paths) > -math.inf}
+    found = {each.symbols: each.score for each in beam_search(log_probs, BLANK, width=10**6, token_min_logp=least)}
+    assert found == pytest.approx(wanted)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 9))
