@@ -1,6 +1,6 @@
 """Trains the arms of an experiment, several seeds each, and puts them side by side.
 
-    python experiments/arms.py FOLDER OUT [--seeds 3] [--jobs 1] [key.key=value ...]
+    python experiments/arms.py FOLDER OUT [--seeds 3] [--jobs 1] [--tuning key.key=value] [key.key=value ...]
 
 FOLDER holds `config.yaml`, what all arms share, and `arms.yaml`: of each arm the keys that differ (`arms`), another
 config than the one beside it (`config`), keys of all arms (`keys`), and what is compared (`compared`, by name), each
@@ -11,8 +11,8 @@ time one figure of a run:
     CoLA: {figure: score, train: glue.yaml, keys: [data.task=cola]}            # a fine-tuning of the run's model
 
 Runs lie in OUT/<arm>_seed_<n>; what is finished is not run again, what was interrupted goes on. OUT gets `arms.json`
-(every figure), `arms.md` (the table) and at the end `arms.png`. Keys on the command line hold for all arms. With
-`--jobs` several runs go at once, each on its share of the cores.
+(every figure), `arms.md` (the table) and at the end `arms.png`. Keys on the command line hold for all arms, those of
+`--tuning` for all fine-tunings. With `--jobs` several runs go at once, each on its share of the cores.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def results(run: Path) -> dict[str, Any]:
     return said
 
 
-def run_once(experiment: Experiment, arm: str, seed: int, run: Path, overrides: list[str]) -> None:
+def run_once(experiment: Experiment, arm: str, seed: int, run: Path, overrides: list[str], tuning: list[str]) -> None:
     """One run, and what is compared of it, in `compared.json`; each part only where it is missing."""
     run.mkdir(parents=True, exist_ok=True)
     output, settings = run / "output.txt", (*experiment.of(arm), *overrides)
@@ -116,7 +116,7 @@ def run_once(experiment: Experiment, arm: str, seed: int, run: Path, overrides: 
             if not (task / "results.json").exists():
                 tuned = experiment.folder / compared.train
                 begin = f"init_from={run / 'model'}"
-                jaxptm(output, "train", tuned, begin, *compared.keys, f"train.seed={seed}", f"out={task}")
+                jaxptm(output, "train", tuned, begin, *compared.keys, *tuning, f"train.seed={seed}", f"out={task}")
             figures[name] = results(task)["eval"][compared.figure]
         else:
             figures[name] = results(run)["eval"][compared.figure]
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.key=value")
+    parser.add_argument("--tuning", action="append", default=[], metavar="key.key=value")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_intermixed_args()
@@ -257,7 +258,7 @@ def main() -> None:
         prepare(experiment, out, arguments.overrides)
 
         def run(arm: str, seed: int) -> str:
-            run_once(experiment, arm, seed, out / f"{arm}_seed_{seed}", arguments.overrides)
+            run_once(experiment, arm, seed, out / f"{arm}_seed_{seed}", arguments.overrides, arguments.tuning)
             return f"{arm}, seed {seed}"
 
         for done in [pool.submit(run, *each) for each in runs]:

@@ -54,6 +54,7 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 figures = {"mlm_loss": loss}
             else:
                 assert config.init_from == str(out.parent / "model") and config.data.task == "cola"
+                assert config.data.path == "elsewhere"
                 lines, figures = [], {"score": 0.25 * config.train.seed}
             (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             said = {"eval": figures, "seconds": 3.2, "versions": {"jax": "0"}, "devices": ["cpu"]}
@@ -72,7 +73,11 @@ def describe(folder: Path, given: dict[str, list[str]], **more: Any) -> None:
 
 
 def start(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> Path:
-    monkeypatch.setattr(sys, "argv", ["arms.py", str(folder), str(folder / "out"), *words, "train.steps=7"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["arms.py", str(folder), str(folder / "out"), *words, "--tuning", "data.path=elsewhere", "train.steps=7"],
+    )
     arms.main()
     return folder / "out"
 
