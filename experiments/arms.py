@@ -34,13 +34,13 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import yaml
 from matplotlib.axes import Axes
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from jaxptm.metrics import read_metrics
 
 
 class Compared(BaseModel, extra="forbid"):
-    """One figure of a run: its own, or of `evaluate`, or of `train`."""
+    """One figure of a run: its own, or of `evaluate`, or of `train`, not of both."""
 
     figure: str
     evaluate: list[str] | None = None
@@ -49,6 +49,14 @@ class Compared(BaseModel, extra="forbid"):
     """The config of a fine-tuning, from the folder of the experiment."""
     keys: list[str] = []
     """Its keys."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Compared:
+        if self.keys and self.train is None:
+            raise ValueError("`keys` are those of a fine-tuning: name its config, `train`")
+        if self.train is not None and self.evaluate is not None:
+            raise ValueError("`evaluate` and `train` are two figures: give each a name")
+        return self
 
 
 class Experiment(BaseModel, extra="forbid"):
@@ -110,16 +118,19 @@ def run_once(experiment: Experiment, arm: str, seed: int, run: Path, overrides: 
             continue
         if compared.evaluate is not None:
             said = jaxptm(output, "evaluate", run, *settings, *compared.evaluate, f"train.seed={seed}")
-            figures[name] = float(dict(line.split() for line in said.splitlines())[compared.figure])
+            had = {figure: float(value) for figure, value in map(str.split, said.splitlines())}
         elif compared.train is not None:
             task = run / name
             if not (task / "results.json").exists():
                 tuned = experiment.folder / compared.train
                 begin = f"init_from={run / 'model'}"
                 jaxptm(output, "train", tuned, begin, *compared.keys, *tuning, f"train.seed={seed}", f"out={task}")
-            figures[name] = results(task)["eval"][compared.figure]
+            had = results(task)["eval"]
         else:
-            figures[name] = results(run)["eval"][compared.figure]
+            had = results(run)["eval"]
+        if compared.figure not in had:
+            raise RuntimeError(f"{run.name}, '{name}': has no '{compared.figure}', only {', '.join(had)}.")
+        figures[name] = had[compared.figure]
         unfinished = path.with_suffix(".partial")  # another job may be reading
         unfinished.write_text(json.dumps(figures, indent=2) + "\n")
         unfinished.replace(path)
@@ -255,6 +266,7 @@ def main() -> None:
         shares.put(cores[job % len(cores) :: arguments.jobs])
     pool = ThreadPoolExecutor(arguments.jobs, initializer=lambda: os.sched_setaffinity(0, shares.get()))
     try:
+        print(f"what runs say while they go on: {out}/*/output.txt; before that: {out}/prepare.txt", flush=True)
         prepare(experiment, out, arguments.overrides)
 
         def run(arm: str, seed: int) -> str:

@@ -129,6 +129,7 @@ def test_configs_are_frozen(small: Path) -> None:
         ("data.vocab_size=100", "data: `vocab_size` is needed with `tokenizer: train`, and only there"),
         ("data.separate_documents=true", "data: `separate_documents` is for `format: packed`"),
         ("data.format=packed", "`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`"),
+        ("objective.dupe_factor=10", "`objective.dupe_factor` needs rows that come back: pairs are cut anew"),
         ("parallel.tensor=0", "parallel.tensor"),
         ("parallel.remat=some", "parallel.remat"),
         ("parallel.mode=xmap", "parallel.mode"),

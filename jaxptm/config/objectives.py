@@ -20,7 +20,8 @@ class MaskedLmConfig(Config):
     """Static number of prediction slots a row; default `ceil(mask_probability * sequence_length)`."""
     dupe_factor: Positive | None = None
     """Masks that there are of a row in all, one of which is drawn at each visit, as where BERT's rows were written with
-    10 each before training; default new ones at each visit (RoBERTa section 4.1). Pairs are cut anew in each epoch."""
+    10 each before training; default new ones at each visit (RoBERTa section 4.1). Not for pairs, which each epoch cuts
+    anew."""
 
     def slots(self, sequence_length: int) -> int:
         """Prediction slots of a row of `sequence_length` tokens."""

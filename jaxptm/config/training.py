@@ -154,6 +154,11 @@ class TrainConfig(Config):
         if isinstance(data, TextData):
             if name == "pretraining" and data.format != "pairs":
                 raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")
+            if data.format == "pairs" and getattr(self.objective, "dupe_factor", None):
+                raise ValueError(
+                    "`objective.dupe_factor` needs rows that come back: pairs are cut anew in each epoch, so set "
+                    "`data.format: packed` and `objective.name: masked-lm`"
+                )
             if name == "causal-lm" and data.format == "pairs":
                 raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` or packed")
         elif self.train.eval_batches is not None and not isinstance(data, AudioData):

@@ -132,7 +132,25 @@ def test_what_arms_yaml_must_not_say_is_named(
     describe(tmp_path, ARMS, figure="wer")
     with pytest.raises(SystemExit):
         start(monkeypatch, tmp_path)
-    assert "arms.yaml" in capsys.readouterr().err and not done
+    said = capsys.readouterr().err
+    assert "arms.yaml" in said and "figure" in said and not done
+    for wrong, message in (
+        ({"train": "task.yaml", "evaluate": []}, "`evaluate` and `train` are two figures"),
+        ({"keys": ["data.task=cola"]}, "name its config, `train`"),
+    ):
+        describe(tmp_path, ARMS, compared={"wrong": {"figure": "score", **wrong}})
+        with pytest.raises(SystemExit):
+            start(monkeypatch, tmp_path)
+        assert message in capsys.readouterr().err and not done
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_figure_that_a_run_does_not_have_is_named(
+    name: str, done: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe(tmp_path, ARMS, compared={name: COMPARED[name] | {"figure": "bleu"}})
+    with pytest.raises(SystemExit, match=rf"slow_seed_0, '{name}': has no 'bleu', only .*(mlm_loss|score)"):
+        start(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/arms.yaml")), ids=lambda path: path.parent.name)
