@@ -23,6 +23,7 @@ from jaxptm.hosts import is_main
 from jaxptm.interruption import explain_failures
 from jaxptm.metrics import MetricsLog, progress_lines, versions
 from jaxptm.parallel import check_tensor, host_rows, make_mesh, matmul_ceiling, put_batch
+from jaxptm.profiling import Part, table, time_by_module
 from jaxptm.resolving import resolve
 from jaxptm.run import Run, open_run
 from jaxptm.state import first_state, optimization_of
@@ -76,7 +77,8 @@ def benchmark(config: TrainConfig, steps: int = 20, profile: str | Path | None =
 
     Args:
         steps: of the run, from its second batch on, whose time is split.
-        profile: a directory for a trace of some of them, for TensorBoard's profiler and ui.perfetto.dev.
+        profile: a directory for a trace of some of them, for TensorBoard's profiler and ui.perfetto.dev. It also has
+            the parts of the model measured.
 
     Returns:
         Seconds, bytes, and floating point operations:
@@ -92,6 +94,8 @@ def benchmark(config: TrainConfig, steps: int = 20, profile: str | Path | None =
         - `shapes`: a `Timed` each, as a dict.
         - `memory`: `allocated`, by XLA for the largest step; `device_peak`, what the first device has held at most
           (None where it does not tell); `host_peak`, of this process.
+        - `parts`: of the model, with `profile`: a `profiling.Part` each, as a dict, of a step of the shape that is most
+          frequent. Empty under `pmap`, whose programs have no text.
 
     Raises:
         JaxptmError: whatever `open_run` finds, or fewer than 1 step.
@@ -173,6 +177,17 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
         if profile is not None:
             with jax.profiler.trace(str(profile), create_perfetto_trace=True):
                 state, _ = trained(state, min(steps, PROFILED_STEPS), metrics)
+    parts: list[Part] = []
+    commonest = count.most_common(1)[0][0]
+    if profile is not None and hasattr(updates[commonest], "as_text"):
+        on_device = put_batch(mesh, samples[commonest], rows)
+
+        def step() -> Any:
+            nonlocal state
+            state, means = updates[commonest](state, on_device, optimization.step_key)
+            return means
+
+        parts = time_by_module(step, min(steps, PROFILED_STEPS), updates[commonest].as_text(), state.params)
     whole = sorted(loops, key=lambda loop: loop.step_seconds)[ROUNDS // 2]
     compute = sum(each.batches * each.step_seconds for each in timed) / steps
     flops = sum(each.batches * each.model_flops for each in timed) / steps
@@ -195,6 +210,7 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
             "device_peak": (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
             "host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
         },
+        "parts": [each._asdict() for each in parts],
         "objective": config.objective.name,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "steps": steps,
@@ -236,6 +252,8 @@ def summary(figures: Mapping[str, Any]) -> str:
         f"the {figures['ceiling_flops'] / 1e9:,.0f} GFLOP/s that a large matrix product reaches here on a device",
         "memory: " + ", ".join(f"{size / 2**20:,.0f} MiB {what}" for what, size in memory.items() if size is not None),
     ]
+    if figures["parts"]:
+        lines += ["", table([Part(**each) for each in figures["parts"]])]
     return "\n".join(lines)
 
 

@@ -246,7 +246,11 @@ def bench(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="How many steps of the run to measure.")] = 20,
     profile: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a trace, for TensorBoard's profiler and ui.perfetto.dev.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Time the parts of the model, and write a trace for TensorBoard's profiler and ui.perfetto.dev.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
 ) -> None:

@@ -11,13 +11,14 @@ import os
 import platform
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from jaxptm.types import JaxptmError
@@ -34,6 +35,8 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
+PACE_SECONDS = 120.0
+"""Over how long the pace is measured that tells the time left."""
 
 
 class MetricsLog:
@@ -204,18 +207,17 @@ class TrainingProgress:
     def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
         """Counts steps from `start` to `total`; `console` defaults to standard error."""
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False)
-        self._total = total
+        self._total, self._start = total, start
         self._bar = Progress(
             MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{total}/{total}"))),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[shown]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+            TextColumn("{task.fields[eta]}", table_column=Column(no_wrap=True)),
             console=self._console,
             disable=not self._console.is_terminal,
-            speed_estimate_period=120,
         )
-        self._task = self._bar.add_task("", total=total, completed=start, shown="")
+        self._task = self._bar.add_task("", total=total, completed=start, shown="", eta="")
+        self._logged = deque([(time.monotonic(), start)])
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -233,19 +235,30 @@ class TrainingProgress:
 
         `metrics` has the names of `metrics.jsonl`; what is not shown is passed over.
         """
-        shown = " ".join(_shown(metrics))
+        eta = self._eta(step)
         if self._console.is_terminal:
             # The bar keeps to the newest training figures, which fit beside it; evaluations stay in lines above.
             held_out = {name: value for name, value in metrics.items() if name.startswith("eval/")}
             if held_out:
                 self.print(f"step {step}/{self._total} {' '.join(_shown(held_out))}")
             shown = " ".join(_shown({name: value for name, value in metrics.items() if name not in held_out}))
-            self._bar.update(self._task, completed=step, shown=shown)
+            self._bar.update(self._task, completed=step, shown=shown, eta=eta)
         else:
-            self._bar.update(self._task, completed=step)
-            left = self._bar.tasks[0].time_remaining
-            eta = "" if left is None or step >= self._total else f" ETA {_duration(left)}"
-            self._console.print(f"step {step}/{self._total} {shown}{eta}", markup=False)
+            self._console.print(
+                " ".join(filter(None, [f"step {step}/{self._total}", *_shown(metrics), eta])), markup=False
+            )
+
+    def _eta(self, step: int) -> str:
+        """By the pace of the last minutes, from log to log: in between, steps are begun far ahead of what is done."""
+        now = time.monotonic()
+        self._logged.append((now, step))
+        # What compiles in the first steps goes as soon as there is something else.
+        while len(self._logged) > 2 and (self._logged[0][1] == self._start or now - self._logged[1][0] > PACE_SECONDS):
+            self._logged.popleft()
+        began, before = self._logged[0]
+        if step >= self._total or step == before:
+            return ""
+        return f"ETA {_duration((self._total - step) * (now - began) / (step - before))}"
 
     def print(self, message: str) -> None:
         """Prints a line above the bar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ def test_pretraining(home: Path, tmp_path: Path) -> None:
     json.dumps(figures)
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
+    parts = {(each["module"], each["direction"]): each["seconds"] for each in figures["parts"]}
+    assert {direction for module, direction in parts if module == "encoder/layer/mlp/up"} == {"forward", "backward"}
+    assert ("", "update") in parts
+    assert sum(each["share"] for each in figures["parts"]) == pytest.approx(1)
+    assert 0 < sum(parts.values()) < 3 * os.cpu_count() * each["step_seconds"]
+    assert "encoder/layer/mlp/up, backward" in summary(figures)
 
 
 def test_batches_of_several_lengths(finetuning_home: Path) -> None:

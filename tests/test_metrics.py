@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -120,12 +121,25 @@ def test_without_a_terminal_progress_is_one_plain_line_a_log() -> None:
     assert last == "step 20/20 loss 2.500 mlm acc 25.0% 12.3k tokens/s util 40%"
 
 
+def test_the_time_left_goes_by_steps_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    out = io.StringIO()
+    with TrainingProgress(total=1000, start=500, console=Console(file=out, soft_wrap=True)) as progress:
+        for step, now in ((510, 100), (520, 140), (530, 180), (800, 1000), (900, 1010)):  # noqa: B007 - `now` is the clock
+            for begun in range(step - 9, step + 1):
+                progress.advance(begun)
+            progress.log(step, {})
+    # The first ten steps compiled; from then on four seconds a step, then three, then ten steps a second.
+    told = [line.partition("ETA ")[2] for line in out.getvalue().splitlines()]
+    assert told == ["1:21:40", "0:32:00", "0:31:20", "0:10:07", "0:03:44"]
+
+
 def test_on_a_terminal_progress_is_a_bar() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, color_system=None)
     with TrainingProgress(total=20, console=console) as progress:
-        progress.log(20, METRICS)
+        progress.log(19, METRICS)
     bar = out.getvalue()
-    assert "20/20" in bar
+    assert "19/20" in bar and "ETA 0:00:00" in bar
     assert "loss 2.500 mlm acc 25.0% 12.3k tokens/s util 40%" in bar
-    assert "ETA" in bar
