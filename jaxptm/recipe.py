@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from jaxptm.architectures import check_vocabulary, model_config
 from jaxptm.config import (
+    AllTokensMlmConfig,
     AudioData,
     CausalLmConfig,
     ContrastiveConfig,
     CtcConfig,
+    GeneratorConfig,
     MaskedLmConfig,
     MultipleChoiceConfig,
     QuestionAnsweringConfig,
@@ -29,7 +31,7 @@ from jaxptm.models.electra import ElectraConfig
 from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextModel
 from jaxptm.objectives import Objective
-from jaxptm.objectives.electra import replaced_token_detection
+from jaxptm.objectives.electra import all_tokens_mlm, replaced_token_detection
 from jaxptm.objectives.finetune import (
     multiple_choice,
     question_answering,
@@ -81,14 +83,19 @@ def make_objective(
             return question_answering(model)
         case CausalLmConfig():
             return causal_language_model(settings, model)
-    assert isinstance(data, TextData) and isinstance(settings, MaskedLmConfig | ReplacedTokenConfig)
+    assert isinstance(data, TextData) and isinstance(
+        settings, MaskedLmConfig | ReplacedTokenConfig | AllTokensMlmConfig
+    )
     if tokenizer.mask_token_id is None:
         raise JaxptmError(f"{source}: has no mask token, which objective.name: {settings.name} needs.")
     tables = vocabulary_tables(tokenizer)
     if isinstance(settings, MaskedLmConfig):
         return masked_language_model(settings, model, tables, tokenizer.mask_token_id, data.sequence_length)
-    return replaced_token_detection(
-        settings, model, modules["generator"], tables, tokenizer.mask_token_id, data.sequence_length
+    both = (model, modules["generator"], tables, tokenizer.mask_token_id, data.sequence_length)
+    return (
+        replaced_token_detection(settings, *both)
+        if isinstance(settings, ReplacedTokenConfig)
+        else all_tokens_mlm(settings, *both)
     )
 
 
@@ -107,7 +114,7 @@ def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     Raises:
         JaxptmError: the model's family has no head for the objective, or its generator does not come out.
     """
-    task, writes = config.objective.name, len(tokenizer) > 0
+    settings, task, writes = config.objective, _head(config), len(tokenizer) > 0
     # The head of CTC alone depends on the vocabulary, of which a pre-trained encoder knows nothing.
     family, model = model_config(
         config.model, len(tokenizer) if writes and task != "ctc" else None, tokenizer.pad_token_id
@@ -116,9 +123,10 @@ def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     if reads_audio != isinstance(config.data, AudioData):
         kind, other = ("audio", "text") if reads_audio else ("text", "audio")
         raise JaxptmError(f"model: a {family.model_type} reads {kind}, and `data` holds {other}.")
-    if task not in family.architectures:
+    has_generator = isinstance(settings, GeneratorConfig)
+    if task not in family.architectures or (has_generator and not isinstance(model, ElectraConfig)):
         tasks = ", ".join(str(name) for name in family.architectures if name is not None)
-        raise JaxptmError(f"objective.name: a {family.model_type} does not learn {task!r}; it learns {tasks}.")
+        raise JaxptmError(f"objective.name: a {family.model_type} does not learn {settings.name!r}; it learns {tasks}.")
     labels = count_labels(config)
     if labels is not None:
         model = model.model_copy(update={"num_labels": labels})
@@ -131,9 +139,14 @@ def make_modules(config: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         scan=config.parallel.scan,
     )
     modules = {"model": family.module(model, task, execution)}
-    if isinstance(model, ElectraConfig) and task == "replaced-token":
+    if isinstance(model, ElectraConfig) and has_generator:
         modules["generator"] = family.module(model.generator(), "masked-lm", execution)
     return modules
+
+
+def _head(config: TrainConfig) -> str:
+    """The head of the model: objectives are named by it, but for one."""
+    return "masked-lm" if isinstance(config.objective, AllTokensMlmConfig) else config.objective.name
 
 
 def open_models(source: str | Path, config: TrainConfig, **options: Any) -> dict[str, Model]:
@@ -147,8 +160,8 @@ def open_models(source: str | Path, config: TrainConfig, **options: Any) -> dict
     Raises:
         JaxptmError: a model is missing or does not fit.
     """
-    tasks: dict[str, str] = {"model": config.objective.name}
-    if isinstance(config.objective, ReplacedTokenConfig):
+    tasks = {"model": _head(config)}
+    if isinstance(config.objective, GeneratorConfig):
         tasks["generator"] = "masked-lm"
     labels = count_labels(config)
     if labels is not None:

@@ -110,6 +110,31 @@ def test_a_run_learns_and_what_it_leaves_opens_in_transformers(
             restore_model(config.out, part="tail")
 
 
+def test_all_tokens_mlm_leaves_two_masked_lms_and_goes_on_where_it_stopped(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(home, "electra", "all_tokens", objective={"name": "all-tokens-mlm"})
+    results = train(config)
+    assert {"generator_loss", "model_loss", "restored_share"} <= results["eval"].keys()
+    for name in ("model", "generator"):
+        directory = Path(config.out) / name
+        _, info = transformers.ElectraForMaskedLM.from_pretrained(directory, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with pytest.raises(JaxptmError, match="its head for copying is in the checkpoints of a run alone"):
+        evaluate(config.out, config)
+    again = run_of(home, "electra", "all_tokens_again", objective={"name": "all-tokens-mlm"})
+    interrupt_and_resume(again, 13, monkeypatch)
+    assert_equal_to_the_bit(again, config)
+
+
+def test_all_tokens_mlm_is_for_a_model_with_a_generator(home: Path) -> None:
+    config = run_of(home, "roberta", "all_tokens", objective={"name": "all-tokens-mlm"})
+    with pytest.raises(
+        JaxptmError, match=r"objective.name: a roberta does not learn 'all-tokens-mlm'; it learns masked"
+    ):
+        train(config)
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(
     home: Path, finished: tuple[str, TrainConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

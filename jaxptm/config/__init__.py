@@ -7,10 +7,12 @@ from jaxptm.config.base import IGNORED, RATE, Config, Positive, Share
 from jaxptm.config.data import AudioData, Data, GlueData, LabelledData, SquadData, TableData, TextData
 from jaxptm.config.files import dump_config, load_config, validate
 from jaxptm.config.objectives import (
+    AllTokensMlmConfig,
     CausalLmConfig,
     ContrastiveConfig,
     CtcConfig,
     FineTuningConfig,
+    GeneratorConfig,
     MaskedLmConfig,
     MultipleChoiceConfig,
     ObjectiveConfig,
@@ -24,6 +26,7 @@ from jaxptm.config.training import LoopConfig, OptimizerConfig, ParallelConfig, 
 __all__ = [
     "IGNORED",
     "RATE",
+    "AllTokensMlmConfig",
     "AudioData",
     "CausalLmConfig",
     "Config",
@@ -31,6 +34,7 @@ __all__ = [
     "CtcConfig",
     "Data",
     "FineTuningConfig",
+    "GeneratorConfig",
     "GlueData",
     "LabelledData",
     "LoopConfig",

@@ -28,22 +28,39 @@ class MaskedLmConfig(Config):
         return self.max_predictions or math.ceil(self.mask_probability * sequence_length)
 
 
-class ReplacedTokenConfig(Config):
-    """`replaced-token`: a discriminator finds the tokens that a generator, trained beside it, has put in (ELECTRA)."""
+class GeneratorConfig(Config):
+    """What objectives have in which a generator, a small masked LM trained beside the model, fills in masked tokens."""
 
-    name: Literal["replaced-token"]
+    name: str
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     max_predictions: Positive | None = None
     """Static number of tokens a row to replace; default `int((mask_probability + 0.005) * sequence_length)`."""
     generator_weight: Annotated[float, Field(ge=0)] = 1.0
     """Of the generator's masked-LM loss in the sum."""
-    discriminator_weight: Annotated[float, Field(ge=0)] = 50.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the generator's distribution that replacements are drawn from."""
 
     def slots(self, sequence_length: int) -> int:
         """Prediction slots of a row of `sequence_length` tokens (google-research/electra, configure_pretraining.py)."""
         return self.max_predictions or max(1, int((self.mask_probability + 0.005) * sequence_length))
+
+
+class ReplacedTokenConfig(GeneratorConfig):
+    """`replaced-token`: a discriminator finds the tokens that a generator, trained beside it, has put in (ELECTRA)."""
+
+    name: Literal["replaced-token"]
+    discriminator_weight: Annotated[float, Field(ge=0)] = 50.0
+
+
+class AllTokensMlmConfig(GeneratorConfig):
+    """`all-tokens-mlm`: say of every token what it was before a generator filled in some, by copying it or from the
+    vocabulary (All-Tokens MLM, Clark et al. 2020, section 3.4).
+    """
+
+    name: Literal["all-tokens-mlm"]
+    model_weight: Annotated[float, Field(ge=0)] = 1 / 0.15
+    """Of the model's loss in the sum, a mean over all tokens, most of which are to be copied: so a masked one counts as
+    much as in masked LM. The paper does not tell its own."""
 
 
 class CausalLmConfig(Config):
@@ -159,6 +176,7 @@ class CtcConfig(FineTuningConfig):
 ObjectiveConfig = Annotated[
     MaskedLmConfig
     | ReplacedTokenConfig
+    | AllTokensMlmConfig
     | CausalLmConfig
     | SequenceClassificationConfig
     | TokenClassificationConfig

@@ -81,6 +81,17 @@ class ReplacedTokenHead(nn.Module):
         return dense(self.config, self.execution, 1, "output")(x)[..., 0].astype(jnp.float32)
 
 
+class CopyHead(nn.Module):
+    """w h + b: a float32 logit a token, above 0 where it is rather to be copied than chosen anew (All-Tokens MLM)."""
+
+    config: TransformerConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L"]:
+        return dense(self.config, self.execution, 1, "output")(hidden)[..., 0].astype(jnp.float32)
+
+
 class Classifier(nn.Module):
     """Dropout and one linear layer; returns float32 logits."""
 

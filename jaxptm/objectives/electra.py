@@ -1,15 +1,22 @@
-"""Replaced-token detection (ELECTRA, Clark et al. 2020; google-research/electra, run_pretraining.py)."""
+"""A generator fills in masked tokens, and a model learns from them (ELECTRA, Clark et al. 2020).
+
+Replaced-token detection is google-research/electra's, run_pretraining.py; All-Tokens MLM, which the paper compares it
+with in section 3.4, was never published as code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from jaxptm.config import ReplacedTokenConfig
+from jaxptm.config import AllTokensMlmConfig, GeneratorConfig, ReplacedTokenConfig
 from jaxptm.models.params import initialise
+from jaxptm.nn.heads import CopyHead
 from jaxptm.nn.text import TextModel
 from jaxptm.objectives.objective import Objective
 from jaxptm.ops.losses import accuracy, binary_cross_entropy, cross_entropy, token_share
@@ -18,6 +25,107 @@ from jaxptm.types import Array, Batch, JaxptmError, Mean, Means, Params
 
 SHARED = "embeddings"
 """Token, position and type tables and their norm serve both models; each has its own `embeddings_project`."""
+COPY = "copy_head"
+
+
+class Corrupted(NamedTuple):
+    """Rows in which a generator has filled in the masked tokens.
+
+    Attributes:
+        input_ids: what the model reads.
+        original: what stood there. A token that the generator guessed right is no other than that.
+        real: no padding.
+        context: further arguments of the model.
+        generator_loss: in nats, the mean over masked slots.
+        dropout_key: of the model.
+    """
+
+    input_ids: Int[Array, "B L"]
+    original: Int[Array, "B L"]
+    real: Bool[Array, "B L"]
+    context: dict[str, Array | None]
+    generator_loss: Mean
+    generator_accuracy: Mean
+    dropout_key: Array
+
+    @property
+    def replaced(self) -> Bool[Array, "B L"]:
+        return self.input_ids != self.original
+
+    @property
+    def weights(self) -> Float[Array, "B L"]:
+        return self.real.astype(jnp.float32)
+
+
+Corrupt = Callable[..., Corrupted]
+
+
+def _corrupts(
+    config: GeneratorConfig, generator: TextModel, vocabulary: VocabularyTables, mask_id: int, slots: int
+) -> Corrupt:
+    """(parameters of the generator, batch, keys of the rows, train) -> `Corrupted`."""
+    is_special = jnp.asarray(vocabulary.is_special)
+
+    def corrupt(params: Params, batch: Batch, keys: Array, train: bool) -> Corrupted:
+        mask_keys, sample_keys, *dropout_keys = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
+        arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
+        ids, real = arrays["input_ids"], arrays["attention_mask"].astype(bool)
+        context = {name: arrays.get(name) for name in ("attention_mask", "token_type_ids", "segment_ids")}
+        masked = mask_with_replacement(
+            mask_keys,
+            ids,
+            real & ~is_special[ids],
+            lengths=real.sum(axis=1),
+            probability=config.mask_probability,
+            max_predictions=slots,
+            mask_id=mask_id,
+        )
+        guesses = generator.apply(
+            {"params": params},
+            masked.input_ids,
+            **context,
+            mlm_positions=masked.positions,
+            train=train,
+            rngs={"dropout": dropout_keys[0][0]},
+        )["logits"]
+        return Corrupted(
+            replace_masked(sample_keys, ids, masked, guesses, config.temperature),
+            ids,
+            real,
+            context,
+            cross_entropy(guesses, masked.labels, masked.weights),
+            accuracy(guesses, masked.labels, masked.weights),
+            dropout_keys[1][0],
+        )
+
+    return corrupt
+
+
+class _Pair(NamedTuple):
+    """The model and its generator, and their parameters in one tree: `embeddings`, which both share, and the rest of
+    each under `name` and `generator`.
+    """
+
+    name: str
+    model: TextModel
+    generator: TextModel
+
+    def split(self, params: Params) -> dict[str, Params]:
+        shared = {SHARED: params[SHARED]}
+        return {"model": shared | params[self.name], "generator": shared | params["generator"]}
+
+    def merge(self, model: Params, generator: Params) -> Params:
+        own = ({name: part for name, part in params.items() if name != SHARED} for params in (model, generator))
+        return {SHARED: model[SHARED]} | dict(zip((self.name, "generator"), own, strict=True))
+
+    def join(self, parts: Mapping[str, Params]) -> Params:
+        ours, theirs = (jax.tree.leaves(parts[name][SHARED]) for name in ("model", "generator"))
+        if not all(map(np.array_equal, ours, theirs)):
+            raise JaxptmError(f"the {self.name} and the generator do not have the same embeddings, which they share.")
+        return self.merge(parts["model"], parts["generator"])
+
+    def init(self, key: Array) -> Params:
+        return self.merge(initialise(self.model, key), initialise(self.generator, jax.random.fold_in(key, 1)))
 
 
 def replaced_token_detection(
@@ -37,80 +145,141 @@ def replaced_token_detection(
     Parameters are `embeddings`, which both models share, and the rest of each under `generator` and `discriminator`.
     """
     slots = config.slots(sequence_length)
-    is_special = jnp.asarray(vocabulary.is_special)
-
-    def split(params: Params) -> dict[str, Params]:
-        shared = {SHARED: params[SHARED]}
-        return {"model": shared | params["discriminator"], "generator": shared | params["generator"]}
-
-    def merge(model: Params, generator: Params) -> Params:
-        own = ({name: part for name, part in params.items() if name != SHARED} for params in (model, generator))
-        return {SHARED: model[SHARED]} | dict(zip(("discriminator", "generator"), own, strict=True))
-
-    def join(parts: Mapping[str, Params]) -> Params:
-        ours, theirs = (jax.tree.leaves(parts[name][SHARED]) for name in ("model", "generator"))
-        if not all(map(np.array_equal, ours, theirs)):
-            raise JaxptmError("the discriminator and the generator do not have the same embeddings, which they share.")
-        return merge(parts["model"], parts["generator"])
-
-    def init(key: Array) -> Params:
-        return merge(initialise(discriminator, key), initialise(generator, jax.random.fold_in(key, 1)))
+    pair = _Pair("discriminator", discriminator, generator)
+    corrupt = _corrupts(config, generator, vocabulary, mask_id, slots)
 
     def loss(
         params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
     ) -> tuple[Means, Means]:
-        parts = split(params)
-        mask_keys, sample_keys, *dropout_keys = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
-        arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
-        ids, real = arrays["input_ids"], arrays["attention_mask"].astype(bool)
-        context = {name: arrays.get(name) for name in ("attention_mask", "token_type_ids", "segment_ids")}
-        masked = mask_with_replacement(
-            mask_keys,
-            ids,
-            real & ~is_special[ids],
-            lengths=real.sum(axis=1),
-            probability=config.mask_probability,
-            max_predictions=slots,
-            mask_id=mask_id,
-        )
-        guesses = generator.apply(
-            {"params": parts["generator"]},
-            masked.input_ids,
-            **context,
-            mlm_positions=masked.positions,
-            train=train,
-            rngs={"dropout": dropout_keys[0][0]},
-        )["logits"]
-        corrupted = replace_masked(sample_keys, ids, masked, guesses, config.temperature)
-        replaced = corrupted != ids
+        parts = pair.split(params)
+        rows = corrupt(parts["generator"], batch, keys, train)
         judged = discriminator.apply(
-            {"params": parts["model"]}, corrupted, **context, train=train, rngs={"dropout": dropout_keys[1][0]}
+            {"params": parts["model"]}, rows.input_ids, **rows.context, train=train, rngs={"dropout": rows.dropout_key}
         )["logits"]
-        said, weights = judged > 0, real.astype(jnp.float32)
+        said, replaced, weights = judged > 0, rows.replaced, rows.weights
         found = (said & replaced).astype(jnp.float32)
         terms = {
-            "generator_loss": cross_entropy(guesses, masked.labels, masked.weights),
+            "generator_loss": rows.generator_loss,
             "discriminator_loss": binary_cross_entropy(judged, replaced, weights),
         }
         scores = {
-            "generator_accuracy": accuracy(guesses, masked.labels, masked.weights),
+            "generator_accuracy": rows.generator_accuracy,
             "discriminator_accuracy": Mean.of(said == replaced, weights),
             "discriminator_precision": Mean.of(found, weights * said),
             "discriminator_recall": Mean.of(found, weights * replaced),
             "replaced_share": Mean.of(replaced, weights),
-            "token_share": token_share(real),
+            "token_share": token_share(rows.real),
         }
         return terms, scores
 
     return Objective(
         modules={"model": discriminator, "generator": generator},
-        init=init,
+        init=pair.init,
         loss=loss,
         flops=lambda rows, length: sum(module.flops(rows, length, slots) for module in (discriminator, generator)),
         coefficients={
             "generator_loss": config.generator_weight,
             "discriminator_loss": config.discriminator_weight,
         },
-        split=split,
+        split=pair.split,
+        join=pair.join,
+    )
+
+
+def all_tokens_mlm(
+    config: AllTokensMlmConfig,
+    model: TextModel,
+    generator: TextModel,
+    vocabulary: VocabularyTables,
+    mask_id: int,
+    sequence_length: int,
+) -> Objective:
+    """A generator fills in masked tokens, and a masked LM says of every token what stood there, or that it still does.
+
+    With D how sure the model is that a token is to be copied, the original x has probability
+
+        D [what is read = x] + (1 - D) softmax(logits)[x]
+
+    Batches are those of `replaced_token_detection`. Terms, in nats: `generator_loss` (mean over masked slots) and
+    `model_loss` (mean over all tokens that are no padding). Scores: `model_accuracy`, how often x is the likeliest, and
+    `restored_share`, how often among what was replaced.
+
+    Parameters are `embeddings`, the rest of each model under `model` and `generator`, and `copy_head`, which belongs to
+    none of them: it stays behind in the checkpoints of the run when the models leave it.
+    """
+    slots = config.slots(sequence_length)
+    pair = _Pair("model", model, generator)
+    corrupt = _corrupts(config, generator, vocabulary, mask_id, slots)
+    copy_head = CopyHead(model.config, model.execution)
+    width = model.config.hidden_size
+
+    def init(key: Array) -> Params:
+        hidden = jnp.zeros((1, 1, width), model.execution.dtype)
+        return pair.init(key) | {COPY: copy_head.init(jax.random.fold_in(key, 2), hidden)["params"]}
+
+    def join(parts: Mapping[str, Params]) -> Params:
+        raise JaxptmError(
+            "all-tokens-mlm: its head for copying is in the checkpoints of a run alone, so it begins with random "
+            "weights or resumes, and is evaluated while it trains. Its models can begin any other objective."
+        )
+
+    def loss(
+        params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
+    ) -> tuple[Means, Means]:
+        parts = pair.split(params)
+        rows = corrupt(parts["generator"], batch, keys, train)
+        out = model.apply(
+            {"params": parts["model"]},
+            rows.input_ids,
+            **rows.context,
+            train=train,
+            output_hidden_states=True,
+            rngs={"dropout": rows.dropout_key},
+        )
+        copies = copy_head.apply({"params": params[COPY]}, out["hidden_states"][-1])
+        nats, right = restore(copies, out["logits"], rows.input_ids, rows.original)
+        terms = {"generator_loss": rows.generator_loss, "model_loss": Mean.of(nats, rows.weights)}
+        scores = {
+            "generator_accuracy": rows.generator_accuracy,
+            "model_accuracy": Mean.of(right, rows.weights),
+            "restored_share": Mean.of(right, rows.weights * rows.replaced),
+            "replaced_share": Mean.of(rows.replaced, rows.weights),
+            "token_share": token_share(rows.real),
+        }
+        return terms, scores
+
+    def flops(rows: int, length: int) -> float:
+        return model.flops(rows, length, length) + generator.flops(rows, length, slots) + 2.0 * rows * length * width
+
+    return Objective(
+        modules={"model": model, "generator": generator},
+        init=init,
+        loss=loss,
+        flops=flops,
+        coefficients={"generator_loss": config.generator_weight, "model_loss": config.model_weight},
+        split=pair.split,
         join=join,
     )
+
+
+def restore(
+    copies: Float[Array, "B L"], logits: Float[Array, "B L V"], read: Int[Array, "B L"], original: Int[Array, "B L"]
+) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
+    """The negative log probability of the original tokens, and whether they are the likeliest.
+
+    Args:
+        copies: log odds of D, see `all_tokens_mlm`.
+        logits: over the vocabulary, where nothing is copied.
+        read: what the model was given.
+    """
+    copied, chosen = jax.nn.log_sigmoid(copies), jax.nn.log_sigmoid(-copies)
+    by_vocabulary = jax.nn.log_softmax(logits)
+
+    def log_probability(tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
+        from_vocabulary = chosen + jnp.take_along_axis(by_vocabulary, tokens[..., None], axis=-1)[..., 0]
+        return jnp.logaddexp(jnp.where(tokens == read, copied, -jnp.inf), from_vocabulary)
+
+    of_original = log_probability(original)
+    # Only the token that is read can be likelier than the vocabulary's best.
+    best = jnp.maximum(log_probability(read), chosen + by_vocabulary.max(axis=-1))
+    return -of_original, of_original >= best

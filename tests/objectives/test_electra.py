@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import torch
 import transformers
 from reference import pair_batch
 
-from jaxptm.config import ReplacedTokenConfig
+from jaxptm.config import AllTokensMlmConfig, ReplacedTokenConfig
 from jaxptm.hf import table as weights
 from jaxptm.models.electra import FAMILY, PRESETS, ElectraConfig
 from jaxptm.models.params import abstract_params, flatten, stacked, unflatten, unstacked
 from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextModel
 from jaxptm.objectives import Objective
-from jaxptm.objectives.electra import replaced_token_detection
+from jaxptm.objectives.electra import all_tokens_mlm, replaced_token_detection, restore
 from jaxptm.ops.masking import Masked, VocabularyTables, mask_with_replacement, replace_masked
 from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.step import gradients, row_keys
@@ -62,12 +63,28 @@ def batch_of(seed: int = 0) -> dict[str, np.ndarray]:
     return batch
 
 
+def all_tokens_of(execution: Execution | None = None) -> Objective:
+    execution = execution or Execution()
+    return all_tokens_mlm(
+        AllTokensMlmConfig(name="all-tokens-mlm"),
+        TextModel(CONFIG, "masked-lm", execution),
+        TextModel(CONFIG.generator(), "masked-lm", execution),
+        VocabularyTables(SPECIAL, np.zeros(VOCAB, bool)),
+        MASK,
+        LENGTH,
+    )
+
+
 @pytest.fixture(scope="module")
 def theirs() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A discriminator and a generator of transformers with noise on every parameter and one stem, as ELECTRA trains."""
+    return pair_of("ElectraForPreTraining")
+
+
+def pair_of(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model and a generator of transformers with noise on every parameter and one stem, as ELECTRA trains."""
     torch.manual_seed(0)
     pair = []
-    for config, name in ((CONFIG, "ElectraForPreTraining"), (CONFIG.generator(), "ElectraForMaskedLM")):
+    for config, name in ((CONFIG, kind), (CONFIG.generator(), "ElectraForMaskedLM")):
         model = getattr(transformers, name)(transformers.ElectraConfig(**FAMILY.to_hf(config))).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -81,13 +98,17 @@ def theirs() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def params_of(pair: tuple[torch.nn.Module, torch.nn.Module], objective: Objective) -> Any:
+    return jax.tree.map(jnp.asarray, objective.join(parts_of(pair, objective)))
+
+
+def parts_of(pair: tuple[torch.nn.Module, torch.nn.Module], objective: Objective) -> dict[str, Any]:
     parts = {}
     for (name, module), model in zip(objective.modules.items(), pair, strict=True):
         tensors = {key: tensor.detach().numpy() for key, tensor in model.state_dict().items()}
         shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
         table = FAMILY.table(module.config, module.task)
         parts[name] = unflatten(weights.load(table, tensors, shapes, source="oracle").params)
-    return jax.tree.map(jnp.asarray, objective.join(parts))
+    return parts
 
 
 def draws(batch: Mapping[str, np.ndarray], keys: jax.Array, slots: int) -> tuple[Masked, jax.Array]:
@@ -106,15 +127,19 @@ def draws(batch: Mapping[str, np.ndarray], keys: jax.Array, slots: int) -> tuple
     return masked, sample_keys
 
 
-def test_the_joint_loss_and_all_its_gradients_are_those_of_torch(
-    theirs: tuple[torch.nn.Module, torch.nn.Module],
-) -> None:
-    discriminator, generator = theirs
-    objective = objective_of(temperature=0.9)
-    params, batch = params_of(theirs, objective), batch_of()
-    keys = row_keys(jax.random.key(3), batch)
-    grads, means = jax.jit(lambda params: gradients(objective, params, batch, keys, 1))(params)
+class Drawn(NamedTuple):
+    """What torch's generator makes of a batch, with the masks and the noise of the objective."""
 
+    generator_loss: torch.Tensor
+    corrupted: torch.Tensor
+    context: dict[str, torch.Tensor]
+
+    @property
+    def real(self) -> torch.Tensor:
+        return self.context["attention_mask"].float()
+
+
+def drawn_by(generator: torch.nn.Module, batch: Mapping[str, np.ndarray], keys: jax.Array, temperature: float) -> Drawn:
     masked, sample_keys = draws(batch, keys, 3)
     context = {name: torch.tensor(batch[name]) for name in ("attention_mask", "token_type_ids")}
     logits = generator(torch.tensor(np.array(masked.input_ids)).long(), **context).logits
@@ -124,15 +149,40 @@ def test_the_joint_loss_and_all_its_gradients_are_those_of_torch(
     losses = torch.nn.functional.cross_entropy(
         slots.transpose(1, 2), torch.tensor(np.array(masked.labels)).long(), reduction="none"
     )
-    generator_loss = (losses * weight).sum() / weight.sum()
     # The same sampled tokens for both: what ours draws from torch's logits.
     corrupted = replace_masked(
-        sample_keys, jnp.asarray(batch["input_ids"]), masked, jnp.asarray(slots.detach().numpy()), 0.9
+        sample_keys, jnp.asarray(batch["input_ids"]), masked, jnp.asarray(slots.detach().numpy()), temperature
     )
-    replaced = torch.tensor(np.array(corrupted) != batch["input_ids"])
+    return Drawn((losses * weight).sum() / weight.sum(), torch.tensor(np.array(corrupted)).long(), context)
+
+
+def assert_gradients_agree(objective: Objective, grads: Any, theirs: tuple[torch.nn.Module, torch.nn.Module]) -> None:
+    for (name, module), model in zip(objective.modules.items(), theirs, strict=True):
+        found = flatten(objective.split(grads)[name])
+        torch_grads = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
+        rows = FAMILY.table(module.config, module.task).rows
+        assert {path for row in rows for path in row.paths} == set(found)
+        scale = max(float(np.linalg.norm(grad)) for grad in torch_grads.values())
+        for row in rows:
+            (expected,) = row.operation.load(torch_grads[row.theirs])
+            size = np.linalg.norm(expected)
+            floor = 1e-5 * scale  # a key's bias has no gradient but rounding
+            assert np.linalg.norm(found[row.paths[0]] - expected) <= 1e-4 * max(size, floor), row.theirs
+
+
+def test_the_joint_loss_and_all_its_gradients_are_those_of_torch(
+    theirs: tuple[torch.nn.Module, torch.nn.Module],
+) -> None:
+    discriminator, generator = theirs
+    objective = objective_of(temperature=0.9)
+    params, batch = params_of(theirs, objective), batch_of()
+    keys = row_keys(jax.random.key(3), batch)
+    grads, means = jax.jit(lambda params: gradients(objective, params, batch, keys, 1))(params)
+
+    generator_loss, corrupted, context = drawn = drawn_by(generator, batch, keys, 0.9)
+    real, replaced = drawn.real, corrupted != torch.tensor(batch["input_ids"])
     assert replaced.sum() > 0
-    judged = discriminator(torch.tensor(np.array(corrupted)).long(), **context).logits
-    real = context["attention_mask"].float()
+    judged = discriminator(corrupted, **context).logits
     binary = torch.nn.functional.binary_cross_entropy_with_logits(judged, replaced.float(), reduction="none")
     discriminator_loss = (binary * real).sum() / real.sum()
     for model in theirs:
@@ -150,18 +200,78 @@ def test_the_joint_loss_and_all_its_gradients_are_those_of_torch(
     for name, among in (("precision", said), ("recall", replaced)):
         expected = (said & replaced & (real > 0)).sum().item() / max((among & (real > 0)).sum().item(), 1e-5)
         assert float(means[f"discriminator_{name}"].value) == pytest.approx(expected, abs=1e-6)
+    assert_gradients_agree(objective, grads, theirs)
 
-    for (name, module), model in zip(objective.modules.items(), theirs, strict=True):
-        found = flatten(objective.split(grads)[name])
-        torch_grads = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
-        rows = FAMILY.table(module.config, module.task).rows
-        assert {path for row in rows for path in row.paths} == set(found)
-        scale = max(float(np.linalg.norm(grad)) for grad in torch_grads.values())
-        for row in rows:
-            (expected,) = row.operation.load(torch_grads[row.theirs])
-            size = np.linalg.norm(expected)
-            floor = 1e-5 * scale  # a key's bias has no gradient but rounding
-            assert np.linalg.norm(found[row.paths[0]] - expected) <= 1e-4 * max(size, floor), row.theirs
+
+def test_all_tokens_mlm_and_its_gradients_are_those_of_torch() -> None:
+    theirs = pair_of("ElectraForMaskedLM")
+    model, generator = theirs
+    objective = all_tokens_of()
+    copies = torch.nn.Linear(CONFIG.hidden_size, 1)
+    head = {"kernel": jnp.asarray(copies.weight.detach().numpy().T), "bias": jnp.asarray(copies.bias.detach().numpy())}
+    parts = parts_of(theirs, objective)
+    own = {name: {key: part for key, part in parts[name].items() if key != "embeddings"} for name in parts}
+    params = jax.tree.map(jnp.asarray, {"embeddings": parts["model"]["embeddings"]} | own)
+    params["copy_head"] = {"output": head}
+    batch = batch_of()
+    keys = row_keys(jax.random.key(3), batch)
+    grads, means = jax.jit(lambda params: gradients(objective, params, batch, keys, 1))(params)
+
+    generator_loss, corrupted, context = drawn = drawn_by(generator, batch, keys, 1.0)
+    real, original = drawn.real, torch.tensor(batch["input_ids"]).long()
+    out = model(corrupted, **context, output_hidden_states=True)
+    copied = torch.sigmoid(copies(out.hidden_states[-1]))
+    chances = (1 - copied) * out.logits.softmax(-1) + copied * torch.nn.functional.one_hot(corrupted, VOCAB)
+    nats = -torch.gather(chances, -1, original[..., None])[..., 0].log()
+    model_loss = (nats * real).sum() / real.sum()
+    for module in (*theirs, copies):
+        module.zero_grad()
+    total = generator_loss + model_loss / 0.15
+    total.backward()
+
+    assert float(means["generator_loss"].value) == pytest.approx(generator_loss.item(), abs=1e-5)
+    assert float(means["model_loss"].value) == pytest.approx(model_loss.item(), abs=1e-5)
+    assert float(means["loss"].value) == pytest.approx(total.item(), abs=1e-4)
+    right, replaced = (chances.argmax(-1) == original) & (real > 0), (corrupted != original) & (real > 0)
+    for name, among in (("model_accuracy", real > 0), ("restored_share", replaced)):
+        assert float(means[name].value) == pytest.approx((right & among).sum().item() / among.sum().item(), abs=1e-6)
+    assert_gradients_agree(objective, grads, theirs)
+    found = grads["copy_head"]["output"]
+    np.testing.assert_allclose(found["kernel"], copies.weight.grad.numpy().T, atol=1e-5)
+    np.testing.assert_allclose(found["bias"], copies.bias.grad.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("odds", [-200.0, 0.3, 200.0])
+def test_a_token_is_restored_from_the_vocabulary_or_by_copying(odds: float) -> None:
+    rng = np.random.default_rng(0)
+    logits, original = rng.normal(size=(2, 5, VOCAB)) * 3, rng.integers(0, VOCAB, (2, 5))
+    read = np.where(rng.random((2, 5)) < 0.5, original, (original + 1) % VOCAB)
+    nats, right = restore(
+        jnp.full((2, 5), odds, jnp.float32), jnp.asarray(logits, jnp.float32), jnp.asarray(read), jnp.asarray(original)
+    )
+    copied = scipy.special.expit(np.longdouble(odds))
+    of_vocabulary = scipy.special.softmax(logits.astype(np.longdouble), axis=-1)
+    chances = scipy.special.expit(np.longdouble(-odds)) * of_vocabulary + copied * np.eye(VOCAB)[read]
+    expected = np.take_along_axis(chances, original[..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.asarray(nats), -np.log(expected).astype(float), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(right), chances.argmax(-1) == original)
+
+
+def test_all_tokens_mlm_costs_its_head_on_all_tokens() -> None:
+    objective = all_tokens_of()
+    model, generator = objective.modules["model"], objective.modules["generator"]
+    expected = model.flops(ROWS, LENGTH, LENGTH) + generator.flops(ROWS, LENGTH, 3) + 2 * ROWS * LENGTH * 32
+    assert objective.flops(ROWS, LENGTH) == expected
+
+
+def test_the_models_of_all_tokens_mlm_leave_the_head_for_copying_behind() -> None:
+    objective = all_tokens_of()
+    params = objective.init(jax.random.key(0))
+    assert set(params) == {"embeddings", "model", "generator", "copy_head"}
+    parts = objective.split(params)
+    assert set(parts["model"]) == {"embeddings", "embeddings_project", "encoder", "mlm_head"}
+    with pytest.raises(JaxptmError, match="its head for copying is in the checkpoints of a run alone"):
+        objective.join(parts)
 
 
 def test_no_gradient_of_the_discriminator_reaches_the_generator() -> None:
