@@ -39,7 +39,8 @@ def launch(config: Path, *overrides: list[str], patches: dict[int, str] | None =
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": "2"}
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # those of conftest, two devices
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": "2"}
     running = []
     for index, own in enumerate(overrides):
         arguments = ["train", str(config), *own, f"--coordinator=127.0.0.1:{port}"]
