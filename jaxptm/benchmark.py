@@ -95,7 +95,7 @@ def benchmark(config: TrainConfig, steps: int = 20, profile: str | Path | None =
         - `memory`: `allocated`, by XLA for the largest step; `device_peak`, what the first device has held at most
           (None where it does not tell); `host_peak`, of this process.
         - `parts`: of the model, with `profile`: a `profiling.Part` each, as a dict, of a step of the shape that is most
-          frequent. Empty under `pmap`, whose programs have no text.
+          frequent. Empty under `pmap`, whose programs cannot be read.
 
     Raises:
         JaxptmError: whatever `open_run` finds, or fewer than 1 step.
@@ -179,7 +179,9 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
                 state, _ = trained(state, min(steps, PROFILED_STEPS), metrics)
     parts: list[Part] = []
     commonest = count.most_common(1)[0][0]
-    if profile is not None and hasattr(updates[commonest], "as_text"):
+    if profile is not None and config.parallel.mode == "pmap":
+        log.warning("parallel.mode: pmap: what it compiles cannot be read, so the modules are not timed")
+    elif profile is not None:
         on_device = put_batch(mesh, samples[commonest], rows)
 
         def step() -> Any:

@@ -318,7 +318,7 @@ def convert(
         str, typer.Option(help="hf: config.json and safetensors; orbax: parameters as an Orbax checkpoint.")
     ] = "hf",
     step: Annotated[int | None, typer.Option(help="Of a run: which checkpoint; default the newest.")] = None,
-    part: Annotated[str, typer.Option(help="Of an ELECTRA: model (the discriminator) or generator.")] = "model",
+    part: Annotated[str, typer.Option(help="Of an ELECTRA's run: model or generator.")] = "model",
     check: Annotated[bool, typer.Option("--check", help="Run it beside transformers first; needs torch.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write every tensor's shape, type and checksum there.")] = None,
 ) -> None:

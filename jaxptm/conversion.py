@@ -47,7 +47,7 @@ def convert(
     Args:
         source: a model directory, a hub name, a run, or a checkpoint of Google's BERT and ELECTRA or of fairseq.
         step: of a run, which checkpoint; default the newest.
-        part: of an ELECTRA that holds both: "model" (the discriminator) or "generator".
+        part: of an ELECTRA that holds both: "model" or "generator".
         report: where to write what `describe` says, as JSON.
 
     Returns:

@@ -207,7 +207,7 @@ class TrainingProgress:
     def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
         """Counts steps from `start` to `total`; `console` defaults to standard error."""
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False)
-        self._total, self._start = total, start
+        self._total = total
         self._bar = Progress(
             MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{total}/{total}"))),
             BarColumn(bar_width=None),
@@ -217,7 +217,7 @@ class TrainingProgress:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total, completed=start, shown="", eta="")
-        self._logged = deque([(time.monotonic(), start)])
+        self._logged: deque[tuple[float, int]] = deque()
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -227,7 +227,9 @@ class TrainingProgress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step` steps done."""
+        """Moves the bar to `step` steps begun. The first is done, for it has compiled: the pace counts from here on."""
+        if not self._logged:
+            self._logged.append((time.monotonic(), step))
         self._bar.update(self._task, completed=step)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -252,8 +254,7 @@ class TrainingProgress:
         """By the pace of the last minutes, from log to log: in between, steps are begun far ahead of what is done."""
         now = time.monotonic()
         self._logged.append((now, step))
-        # What compiles in the first steps goes as soon as there is something else.
-        while len(self._logged) > 2 and (self._logged[0][1] == self._start or now - self._logged[1][0] > PACE_SECONDS):
+        while len(self._logged) > 2 and now - self._logged[1][0] > PACE_SECONDS:
             self._logged.popleft()
         began, before = self._logged[0]
         if step >= self._total or step == before:

@@ -181,7 +181,7 @@ def layer_factors(params: Params, decay: float, form: Literal["paper", "code"]) 
     if "shared_layer" in params.get("encoder", {"shared_layer": None}):
         raise JaxptmError(
             "optimizer.layer_decay: needs one model whose layers have parameters of their own (not ALBERT, nor "
-            "replaced-token pre-training with its two); leave it at 1."
+            "ELECTRA's pre-training with its two); leave it at 1."
         )
     extra = 1 if form == "code" else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     Attributes:
         module: its path in the parameters, such as `encoder/layer/mlp/up`, without what lies within a module of its
             own; empty for what belongs to none: the masks, the loss and, in direction `update`, the optimizer.
-        seconds: of a step, all devices and cores that ran at the same time added up.
+        seconds: of a step, all devices of this host and all cores added up.
         share: of all that was seen.
     """
 
@@ -52,7 +52,7 @@ def time_by_module(step: Callable[[], Any], steps: int, program: str, params: Pa
     origins = {name: origin(op_name, modules) for name, op_name in instructions(program).items()}
     seconds: dict[tuple[str, Direction], float] = defaultdict(float)
     jax.block_until_ready(step())
-    for operation, nanoseconds in _operations(step, steps):
+    for operation, nanoseconds in operations(_profiles(step, steps)):
         if operation in origins:
             seconds[origins[operation]] += nanoseconds / 1e9 / steps
     whole = sum(seconds.values())
@@ -72,7 +72,7 @@ def instructions(program: str) -> dict[str, str]:
 
 
 def origin(op_name: str, modules: Set[str]) -> tuple[str, Direction]:
-    """The module and the direction of an operation, of all layers as one: `layer_3` is `layer`.
+    """The module and the direction of an operation, of all layers as one, `layer`, be they scanned or not.
 
     Args:
         op_name: such as `jit(body)/transpose(jvp(TextModel))/encoder/layer_3/layer_3.mlp/mlp/up/dot_general`, where the
@@ -83,32 +83,40 @@ def origin(op_name: str, modules: Set[str]) -> tuple[str, Direction]:
     if "jvp(" in op_name:
         direction = "backward" if "transpose(" in op_name else "forward"
     names = (_WRAPPED.sub(r"\1", name) for name in op_name.split("/")[:-1])
-    path = [re.sub(r"_\d+$", "", name) for name in names if name in modules]
+    path = ["layer" if name == "layers" else re.sub(r"_\d+$", "", name) for name in names if name in modules]
     return "/".join(path), direction
 
 
-def _operations(step: Callable[[], Any], steps: int) -> Iterator[tuple[str, float]]:
-    """Names, as in the program, and nanoseconds of all operations of all devices."""
+def operations(profiles: Iterable[Any]) -> Iterator[tuple[str, float]]:
+    """Names, as in the program, and nanoseconds of all that ran.
+
+    Args:
+        profiles: `jax.profiler.ProfileData`, one a host.
+    """
+    for profile in profiles:
+        planes = list(profile.planes)
+        devices = [plane for plane in planes if plane.name.startswith("/device:")]
+        for plane in devices or planes:  # beside an accelerator, the host has what starts its operations
+            for line in plane.lines:
+                if devices and not line.name.startswith(("Stream", "XLA Ops")):  # sums of what these have
+                    continue
+                for event in line.events:
+                    name = str(dict(event.stats).get("hlo_op", event.name))
+                    yield name.partition(" = ")[0].removeprefix("%"), event.duration_ns
+
+
+def _profiles(step: Callable[[], Any], steps: int) -> list[Any]:
     with tempfile.TemporaryDirectory() as place:
         with jax.profiler.trace(place):
             for _ in range(steps):
                 out = step()
             jax.block_until_ready(out)
-        for written in Path(place).rglob("*.xplane.pb"):
-            for plane in jax.profiler.ProfileData.from_file(str(written)).planes:
-                for line in plane.lines:
-                    # An accelerator's other lines sum up what these have.
-                    if plane.name.startswith("/device:") and not line.name.startswith(("Stream", "XLA Ops")):
-                        continue
-                    for event in line.events:
-                        stats: Mapping[str | None, Any] = dict(event.stats)
-                        name = str(stats.get("hlo_op", event.name))
-                        yield name.partition(" = ")[0].removeprefix("%"), event.duration_ns
+        return [jax.profiler.ProfileData.from_file(str(file)) for file in Path(place).rglob("*.xplane.pb")]
 
 
 def table(parts: list[Part], longest: int = 20) -> str:
     """The longest parts for people, milliseconds a step."""
-    lines = [f"{'ms a step':>10}  {'share':>6}  part"]
+    lines = [f"{'ms a step':>10}  {'share':>6}  part (all devices and cores added up)"]
     for part in parts[:longest]:
         what = f"{part.module or 'no module'}, {part.direction}"
         lines.append(f"{part.seconds * 1e3:>10,.2f}  {part.share:>6.1%}  {what}")

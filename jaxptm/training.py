@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxptm.checkpoint import Checkpoints
-from jaxptm.config import TrainConfig, load_config, validate
+from jaxptm.config import AllTokensMlmConfig, TrainConfig, load_config, validate
 from jaxptm.cost import StepCost, format_memory, step_cost
 from jaxptm.data.batching import batches
 from jaxptm.data.tokenizer import load_tokenizer
@@ -223,7 +223,7 @@ def restore_model(directory: str | Path, step: int | None = None, part: str = "m
     """The model of the newest checkpoint of a run (its directory, or URL), or of the one at `step`.
 
     Args:
-        part: of ELECTRA's two models, `model` (the discriminator) or `generator`.
+        part: of ELECTRA's two models, `model` or `generator`.
 
     Raises:
         JaxptmError: the directory holds no such checkpoint or part, or its tokenizer has been moved away.
@@ -263,7 +263,7 @@ def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
 
 
 def _cost(run: Run, mesh: Mesh) -> StepCost:
-    loop, objective = run.config.train, run.objective
+    loop, objective, settings = run.config.train, run.objective, run.config.objective
     choices = getattr(getattr(run.train, "examples", None), "choices", 0)
     costs = [
         step_cost(
@@ -272,7 +272,9 @@ def _cost(run: Run, mesh: Mesh) -> StepCost:
             module.execution,
             rows=loop.batch_size * max(choices, 1),
             length=run.length,
-            predictions=run.config.objective.slots(run.length),
+            predictions=run.length
+            if name == "model" and isinstance(settings, AllTokensMlmConfig)
+            else settings.slots(run.length),
             accumulate=loop.accumulate,
             shares_embeddings=name != "model",
             **mesh.shape,

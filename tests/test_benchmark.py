@@ -105,7 +105,7 @@ def test_copies_have_no_plan(home: Path) -> None:
     assert "planned" not in summary(figures)
 
 
-def test_electra_divided_among_devices(home: Path) -> None:
+def test_electra_divided_among_devices(home: Path, tmp_path: Path) -> None:
     config = config_of(
         home,
         "electra",
@@ -114,9 +114,11 @@ def test_electra_divided_among_devices(home: Path) -> None:
         parallel={"data": 2, "fsdp": 2},
         train__accumulate=2,
     )
-    figures = benchmark(config, STEPS)
+    figures = benchmark(config, STEPS, tmp_path / "trace")
     assert_it_adds_up(figures, config)
     assert len(figures["devices"]) == 4
+    modules = {each["module"] for each in figures["parts"]}
+    assert {"generator/encoder/layer/mlp/up", "discriminator/encoder/layer/mlp/up"} <= modules
 
 
 def test_no_step_is_refused(home: Path) -> None:

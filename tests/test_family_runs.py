@@ -16,9 +16,12 @@ from test_training import STEPS, assert_equal_to_the_bit, config_of, interrupt_a
 from jaxptm.config import TrainConfig
 from jaxptm.evaluation import evaluate
 from jaxptm.metrics import read_metrics
+from jaxptm.parallel import make_mesh
 from jaxptm.pipelines import pipeline
 from jaxptm.pretrained import from_pretrained
-from jaxptm.training import restore_model, train
+from jaxptm.resolving import resolve
+from jaxptm.run import open_run
+from jaxptm.training import _cost, restore_model, train
 from jaxptm.types import JaxptmError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -133,6 +136,20 @@ def test_all_tokens_mlm_is_for_a_model_with_a_generator(home: Path) -> None:
         JaxptmError, match=r"objective.name: a roberta does not learn 'all-tokens-mlm'; it learns masked"
     ):
         train(config)
+
+
+def test_all_tokens_mlm_begins_with_random_weights(home: Path) -> None:
+    with pytest.raises(JaxptmError, match=r"`init_from` does not go with `objective.name: all-tokens-mlm`"):
+        run_of(home, "electra", "from", objective={"name": "all-tokens-mlm"}, init_from="somewhere")
+
+
+@pytest.mark.parametrize("name", ["replaced-token", "all-tokens-mlm"])
+def test_what_a_run_expects_to_need_goes_by_the_tokens_that_its_heads_run_on(home: Path, name: str) -> None:
+    config = run_of(home, "electra", f"cost_{name}", objective={"name": name}, parallel={"data": 1})
+    run = open_run(resolve(config))
+    expected = 3 * run.objective.flops(config.train.batch_size, run.length)
+    found = _cost(run, make_mesh(config.parallel, config.train)).model_flops
+    assert found == pytest.approx(expected, rel=0.01)  # the head for copying is not in it
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(

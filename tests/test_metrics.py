@@ -126,19 +126,22 @@ def test_the_time_left_goes_by_steps_that_are_done(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "monotonic", lambda: now)
     out = io.StringIO()
     with TrainingProgress(total=1000, start=500, console=Console(file=out, soft_wrap=True)) as progress:
+        now = 60.0  # it compiled
+        progress.advance(501)
         for step, now in ((510, 100), (520, 140), (530, 180), (800, 1000), (900, 1010)):  # noqa: B007 - `now` is the clock
             for begun in range(step - 9, step + 1):
                 progress.advance(begun)
             progress.log(step, {})
-    # The first ten steps compiled; from then on four seconds a step, then three, then ten steps a second.
+    # Nine steps in 40 seconds and ten each in as many, then three seconds a step, then ten steps a second.
     told = [line.partition("ETA ")[2] for line in out.getvalue().splitlines()]
-    assert told == ["1:21:40", "0:32:00", "0:31:20", "0:10:07", "0:03:44"]
+    assert told == ["0:36:18", "0:33:41", "0:32:25", "0:10:07", "0:03:44"]
 
 
 def test_on_a_terminal_progress_is_a_bar() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100, color_system=None)
     with TrainingProgress(total=20, console=console) as progress:
+        progress.advance(10)
         progress.log(19, METRICS)
     bar = out.getvalue()
     assert "19/20" in bar and "ETA 0:00:00" in bar

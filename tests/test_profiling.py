@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxptm.profiling import instructions, origin, table, time_by_module
+from jaxptm.profiling import instructions, operations, origin, table, time_by_module
 
-MODULES = frozenset(("encoder", "layer_0", "layer_11", "attention", "mlp", "up", "mlm_head", "kernel"))
+MODULES = frozenset(
+    ("encoder", "layer_0", "layer_11", "attention", "mlp", "up", "mlm_head", "kernel", "generator", "layers")
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,7 @@ MODULES = frozenset(("encoder", "layer_0", "layer_11", "attention", "mlp", "up",
         ),
         ("jit(body)/jvp(TextModel)/encoder/layer_0/Dropout_0/jit(_where)/select_n", ("encoder/layer", "forward")),
         ("jit(body)/transpose(jvp(vmap(mlm_head)))/neg", ("mlm_head", "backward")),
+        ("jit(body)/jvp(generator)/TextModel/encoder/layers/mlp/up/add", ("generator/encoder/layer/mlp/up", "forward")),
         ("jit(body)/jvp()/mul", ("", "forward")),
         ("jit(body)/mul", ("", "update")),
         ("state.params['encoder']['layer_0']['mlp']['up']['kernel']", ("", "update")),
@@ -50,6 +55,25 @@ ENTRY main.1 {
 }
 """
     assert instructions(program) == {"p": "", "fusion.3": "jit(body)/jvp(M)/up/add", "copy.2": ""}
+
+
+def traced(plane: str, line: str, *events: tuple[str, float, dict[str, str]]) -> SimpleNamespace:
+    found = [SimpleNamespace(name=name, duration_ns=time, stats=list(stats.items())) for name, time, stats in events]
+    return SimpleNamespace(name=plane, lines=[SimpleNamespace(name=line, events=found)])
+
+
+def test_beside_an_accelerator_the_host_does_not_count() -> None:
+    host = traced("/host:CPU", "python", ("fusion.3", 7, {}), ("copy.2", 1, {"hlo_op": "copy.2"}))
+    kernels = traced("/device:GPU:0", "Stream #14(Compute)", ("sm90_gemm", 40, {"hlo_op": "dot.1"}), ("memset", 2, {}))
+    sums = traced("/device:GPU:0", "XLA Modules", ("jit_body", 42, {}))
+    tpu = traced("/device:TPU:0", "XLA Ops", ("%fusion.3 = f32[4]{0:T(256)} fusion(%p)", 5, {}))
+
+    def found(*planes: SimpleNamespace) -> list[tuple[str, float]]:
+        return list(operations([SimpleNamespace(planes=planes)]))
+
+    assert found(host) == [("fusion.3", 7), ("copy.2", 1)]
+    assert found(host, kernels, sums) == [("dot.1", 40), ("memset", 2)]
+    assert found(host, tpu) == [("fusion.3", 5)]
 
 
 def test_a_product_takes_longer_than_a_sum() -> None:

@@ -58,9 +58,9 @@ class AllTokensMlmConfig(GeneratorConfig):
     """
 
     name: Literal["all-tokens-mlm"]
-    model_weight: Annotated[float, Field(ge=0)] = 1 / 0.15
-    """Of the model's loss in the sum, a mean over all tokens, most of which are to be copied: so a masked one counts as
-    much as in masked LM. The paper does not tell its own."""
+    model_weight: Annotated[float, Field(ge=0)] | None = None
+    """Of the model's loss in the sum, a mean over all tokens, most of which are to be copied; default
+    1 / mask_probability: a masked one then counts as much as in masked LM. The paper does not tell its own."""
 
 
 class CausalLmConfig(Config):

@@ -151,6 +151,11 @@ class TrainConfig(Config):
                 f"`objective.name: {name}` does not go with these keys of `data`: it reads "
                 f"{' or '.join(DATA_KEYS[kind] for kind in wanted)}"
             )
+        if name == "all-tokens-mlm" and self.init_from is not None:
+            raise ValueError(
+                "`init_from` does not go with `objective.name: all-tokens-mlm`: its head for copying is in no model, "
+                "so it begins with random weights"
+            )
         if isinstance(data, TextData):
             if name == "pretraining" and data.format != "pairs":
                 raise ValueError("`objective.name: pretraining` predicts next sentences and needs `data.format: pairs`")

@@ -289,7 +289,7 @@ class Transformer(nn.Module):
             )
             x, stacked = scan(layers, x, None)
             if output_hidden_states:
-                states += list(stacked)
+                states += [*stacked[:-1], x]  # so that nobody keeps the stack who wants the last state alone
         else:
             filled = []
             for index in range(self.config.num_hidden_layers):

@@ -7,7 +7,7 @@ with in section 3.4, was never published as code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,14 +80,15 @@ def _corrupts(
             max_predictions=slots,
             mask_id=mask_id,
         )
-        guesses = generator.apply(
-            {"params": params},
-            masked.input_ids,
-            **context,
-            mlm_positions=masked.positions,
-            train=train,
-            rngs={"dropout": dropout_keys[0][0]},
-        )["logits"]
+        with jax.named_scope("generator"):
+            guesses = generator.apply(
+                {"params": params},
+                masked.input_ids,
+                **context,
+                mlm_positions=masked.positions,
+                train=train,
+                rngs={"dropout": dropout_keys[0][0]},
+            )["logits"]
         return Corrupted(
             replace_masked(sample_keys, ids, masked, guesses, config.temperature),
             ids,
@@ -124,6 +125,15 @@ class _Pair(NamedTuple):
             raise JaxptmError(f"the {self.name} and the generator do not have the same embeddings, which they share.")
         return self.merge(parts["model"], parts["generator"])
 
+    def apply(self, parts: Mapping[str, Params], rows: Corrupted, train: bool, **options: bool) -> dict[str, Any]:
+        """What the model makes of the rows."""
+        variables, rngs = {"params": parts["model"]}, {"dropout": rows.dropout_key}
+        with jax.named_scope(self.name):  # `jaxptm.profiling` tells the two apart by it
+            out: dict[str, Any] = self.model.apply(
+                variables, rows.input_ids, **rows.context, train=train, rngs=rngs, **options
+            )
+        return out
+
     def init(self, key: Array) -> Params:
         return self.merge(initialise(self.model, key), initialise(self.generator, jax.random.fold_in(key, 1)))
 
@@ -153,9 +163,7 @@ def replaced_token_detection(
     ) -> tuple[Means, Means]:
         parts = pair.split(params)
         rows = corrupt(parts["generator"], batch, keys, train)
-        judged = discriminator.apply(
-            {"params": parts["model"]}, rows.input_ids, **rows.context, train=train, rngs={"dropout": rows.dropout_key}
-        )["logits"]
+        judged = pair.apply(parts, rows, train)["logits"]
         said, replaced, weights = judged > 0, rows.replaced, rows.weights
         found = (said & replaced).astype(jnp.float32)
         terms = {
@@ -210,7 +218,7 @@ def all_tokens_mlm(
     slots = config.slots(sequence_length)
     pair = _Pair("model", model, generator)
     corrupt = _corrupts(config, generator, vocabulary, mask_id, slots)
-    copy_head = CopyHead(model.config, model.execution)
+    copy_head = CopyHead(model.config, model.execution, name=COPY)
     width = model.config.hidden_size
 
     def init(key: Array) -> Params:
@@ -220,7 +228,7 @@ def all_tokens_mlm(
     def join(parts: Mapping[str, Params]) -> Params:
         raise JaxptmError(
             "all-tokens-mlm: its head for copying is in the checkpoints of a run alone, so it begins with random "
-            "weights or resumes, and is evaluated while it trains. Its models can begin any other objective."
+            "weights or resumes, and is evaluated while it trains."
         )
 
     def loss(
@@ -228,14 +236,7 @@ def all_tokens_mlm(
     ) -> tuple[Means, Means]:
         parts = pair.split(params)
         rows = corrupt(parts["generator"], batch, keys, train)
-        out = model.apply(
-            {"params": parts["model"]},
-            rows.input_ids,
-            **rows.context,
-            train=train,
-            output_hidden_states=True,
-            rngs={"dropout": rows.dropout_key},
-        )
+        out = pair.apply(parts, rows, train, output_hidden_states=True)
         copies = copy_head.apply({"params": params[COPY]}, out["hidden_states"][-1])
         nats, right = restore(copies, out["logits"], rows.input_ids, rows.original)
         terms = {"generator_loss": rows.generator_loss, "model_loss": Mean.of(nats, rows.weights)}
@@ -256,7 +257,10 @@ def all_tokens_mlm(
         init=init,
         loss=loss,
         flops=flops,
-        coefficients={"generator_loss": config.generator_weight, "model_loss": config.model_weight},
+        coefficients={
+            "generator_loss": config.generator_weight,
+            "model_loss": 1 / config.mask_probability if config.model_weight is None else config.model_weight,
+        },
         split=pair.split,
         join=join,
     )
@@ -272,14 +276,14 @@ def restore(
         logits: over the vocabulary, where nothing is copied.
         read: what the model was given.
     """
-    copied, chosen = jax.nn.log_sigmoid(copies), jax.nn.log_sigmoid(-copies)
-    by_vocabulary = jax.nn.log_softmax(logits)
-
-    def log_probability(tokens: Int[Array, "B L"]) -> Float[Array, "B L"]:
-        from_vocabulary = chosen + jnp.take_along_axis(by_vocabulary, tokens[..., None], axis=-1)[..., 0]
-        return jnp.logaddexp(jnp.where(tokens == read, copied, -jnp.inf), from_vocabulary)
-
-    of_original = log_probability(original)
-    # Only the token that is read can be likelier than the vocabulary's best.
-    best = jnp.maximum(log_probability(read), chosen + by_vocabulary.max(axis=-1))
-    return -of_original, of_original >= best
+    # Of what the vocabulary gives; the logits are not written again for it.
+    chosen = jax.nn.log_sigmoid(-copies) - jax.nn.logsumexp(logits, axis=-1)
+    of_original, of_read = (
+        jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] for tokens in (original, read)
+    )
+    best = logits.max(axis=-1)
+    copy = jnp.logaddexp(jax.nn.log_sigmoid(copies), chosen + of_read)
+    nats = -jnp.where(original == read, copy, chosen + of_original)
+    # What is read rivals the vocabulary's best alone.
+    anew = (of_original >= best) & (chosen + of_original >= copy)
+    return nats, jnp.where(original == read, copy >= chosen + best, anew)

@@ -257,11 +257,29 @@ def test_a_token_is_restored_from_the_vocabulary_or_by_copying(odds: float) -> N
     np.testing.assert_array_equal(np.asarray(right), chances.argmax(-1) == original)
 
 
+def test_all_tokens_mlm_is_the_same_in_parts_in_a_scan_and_nearly_in_bfloat16() -> None:
+    objective, batch = all_tokens_of(), batch_of()
+    params, keys = objective.init(jax.random.key(0)), row_keys(jax.random.key(1), batch)
+    whole, means = jax.jit(lambda p: gradients(objective, p, batch, keys, 1))(params)
+    parts, values = jax.jit(lambda p: gradients(objective, p, batch, keys, 3))(params)
+    for name, mean in means.items():
+        np.testing.assert_allclose(np.array(values[name]), np.array(mean), rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), parts, whole)
+    scan = all_tokens_of(Execution(scan=True))
+    grads, values = jax.jit(lambda p: gradients(scan, p, batch, keys, 1))(stacked(params))
+    assert float(values["loss"].value) == pytest.approx(float(means["loss"].value), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), unstacked(grads), whole)
+    half = all_tokens_of(Execution(dtype=jnp.bfloat16))
+    _, values = jax.jit(lambda p: gradients(half, p, batch, keys, 1))(params)
+    assert float(values["loss"].value) == pytest.approx(float(means["loss"].value), rel=0.05)
+
+
 def test_all_tokens_mlm_costs_its_head_on_all_tokens() -> None:
     objective = all_tokens_of()
     model, generator = objective.modules["model"], objective.modules["generator"]
     expected = model.flops(ROWS, LENGTH, LENGTH) + generator.flops(ROWS, LENGTH, 3) + 2 * ROWS * LENGTH * 32
     assert objective.flops(ROWS, LENGTH) == expected
+    assert objective.coefficients["model_loss"] == 1 / 0.15
 
 
 def test_the_models_of_all_tokens_mlm_leave_the_head_for_copying_behind() -> None:
