@@ -190,6 +190,8 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
             return means
 
         parts = time_by_module(step, min(steps, PROFILED_STEPS), updates[commonest].as_text(), state.params)
+        if not parts:
+            log.warning("the profiler saw none of the step's operations, so the modules are not timed")
     whole = sorted(loops, key=lambda loop: loop.step_seconds)[ROUNDS // 2]
     compute = sum(each.batches * each.step_seconds for each in timed) / steps
     flops = sum(each.batches * each.model_flops for each in timed) / steps

@@ -15,7 +15,7 @@ from jax.tree_util import tree_flatten_with_path
 from jaxptm.types import Params
 
 Direction = Literal["forward", "backward", "update"]
-_INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z-]*)\(", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z-]*)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _WRAPPED = re.compile(r"^(?:\w+\()+(\w*)\)+$")
 _CONTAINERS = frozenset(("while", "conditional", "call"))

@@ -57,12 +57,9 @@ class Corrupted(NamedTuple):
         return self.real.astype(jnp.float32)
 
 
-Corrupt = Callable[..., Corrupted]
-
-
 def _corrupts(
     config: GeneratorConfig, generator: TextModel, vocabulary: VocabularyTables, mask_id: int, slots: int
-) -> Corrupt:
+) -> Callable[[Params, Batch, Array, bool], Corrupted]:
     """(parameters of the generator, batch, keys of the rows, train) -> `Corrupted`."""
     is_special = jnp.asarray(vocabulary.is_special)
 
