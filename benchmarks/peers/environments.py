@@ -16,8 +16,8 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     "transformers": [["transformers==5.24.0", "torch==2.13.0"]],
     # The last with Flax models; newer JAX lacks what it imports.
     "flax": [["transformers==4.55.4", "jax==0.6.2", "jaxlib==0.6.2", "flax==0.10.7", "optax==0.2.5"]],
-    # Without its dependencies: TensorFlow serves KerasHub's preprocessing, which is not measured.
-    "keras": [["keras==3.14.1", "jax==0.10.2", "regex", "kagglehub"], ["--no-deps", "keras-hub==0.29.1"]],
+    # Without its dependencies but what importing it takes: TensorFlow Text serves preprocessing, which is not measured.
+    "keras": [["keras==3.14.1", "jax==0.10.2", "regex", "kagglehub", "tensorflow-cpu", "tokenizers", "sentencepiece"], ["--no-deps", "keras-hub==0.29.1"]],
 }
 
 
