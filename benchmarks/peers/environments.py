@@ -17,7 +17,10 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     # The last with Flax models; newer JAX lacks what it imports.
     "flax": [["transformers==4.55.4", "jax==0.6.2", "jaxlib==0.6.2", "flax==0.10.7", "optax==0.2.5"]],
     # Without its dependencies but what importing it takes: TensorFlow Text serves preprocessing, which is not measured.
-    "keras": [["keras==3.14.1", "jax==0.10.2", "regex", "kagglehub", "tensorflow-cpu", "tokenizers", "sentencepiece"], ["--no-deps", "keras-hub==0.29.1"]],
+    "keras": [
+        ["keras==3.14.1", "jax==0.10.2", "regex", "kagglehub", "tensorflow-cpu", "tokenizers", "sentencepiece"],
+        ["--no-deps", "keras-hub==0.29.1"],
+    ],
 }
 
 
