@@ -109,7 +109,7 @@ def test_electra_divided_among_devices(home: Path, tmp_path: Path) -> None:
     config = config_of(
         home,
         "electra",
-        model={"preset": "electra-tiny", "max_position_embeddings": 32},
+        model={"preset": "electra-tiny", "num_hidden_layers": 1, "max_position_embeddings": 32},
         objective={"name": "replaced-token"},
         parallel={"data": 2, "fsdp": 2},
         train__accumulate=2,
