@@ -182,19 +182,18 @@ def table(said: dict[str, Any]) -> str:
 
 
 def draw(out: Path, experiment: Experiment, said: dict[str, Any], picture: Path) -> None:
-    """A panel for each figure.
+    """A panel for each figure, three in a row.
 
     Where it is the run's own, against the steps: of each arm the median of its seeds, and from the least to the
     largest. Otherwise every seed of every arm, and the medians.
     """
-    figure, panels = plt.subplots(
-        1,
-        len(experiment.compared),
-        figsize=(3 + 5 * len(experiment.compared), 4.5),
-        layout="constrained",
-        squeeze=False,
-    )
-    for panel, (name, compared) in zip(panels[0], experiment.compared.items(), strict=True):
+    columns = min(3, len(experiment.compared))
+    rows = -(-len(experiment.compared) // columns)
+    size = (3 + 5 * columns, 4.5 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for panel in panels.flat[len(experiment.compared) :]:
+        panel.remove()
+    for panel, (name, compared) in zip(panels.flat, experiment.compared.items(), strict=False):
         panel.set_title(name)
         panel.grid(alpha=0.3)
         if compared.evaluate is None and compared.train is None:
