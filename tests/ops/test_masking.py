@@ -437,12 +437,12 @@ def test_electra_rows_do_not_see_each_other(seed: int) -> None:
 
 
 def test_replacements_come_from_the_generator_and_each_position_has_one() -> None:
-    batch = corpus(1000, 32)
+    batch = corpus(3000, 32)
     ids, masked = np.asarray(batch["input_ids"]), mask_as_electra(batch, 0, slots=5)
     chances = np.array([0.5, 0.3, 0.15, 0.05])
-    logits = np.full((1000, 5, VOCAB), -np.inf, np.float32)
+    logits = np.full((3000, 5, VOCAB), -np.inf, np.float32)
     logits[..., 100:104] = np.log(chances)
-    keys = jax.random.split(jax.random.key(1), 1000)
+    keys = jax.random.split(jax.random.key(1), 3000)
     for temperature, expected in ((1.0, chances), (0.5, chances**2 / (chances**2).sum())):
         found = np.asarray(replace_masked(keys, batch["input_ids"], masked, jnp.asarray(logits), temperature))
         chosen = np.zeros(ids.shape, bool)
