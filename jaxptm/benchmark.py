@@ -131,7 +131,7 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
         on_device = put_batch(mesh, samples[shape], rows)
         inputs = (on_device, optimization.step_key)
         began = time.perf_counter()
-        updates[shape], allocated = _compiled(optimization.update, state, *inputs)
+        updates[shape], allocated = _compiled(optimization.update, state, *inputs, profiled=profile is not None)
         state, _ = jax.block_until_ready(updates[shape](state, *inputs))
         compile_seconds = time.perf_counter() - began
         state, seconds = _step_seconds(updates[shape], state, inputs, max(1, steps // ROUNDS))
@@ -261,11 +261,13 @@ def summary(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _compiled(update: Any, state: TrainState, *inputs: Any) -> tuple[Any, int | None]:
+def _compiled(update: Any, state: TrainState, *inputs: Any, profiled: bool) -> tuple[Any, int | None]:
     """The step for one shape, and the bytes of its plan; with `pmap`, which has none, the step as it was."""
     if not hasattr(update, "lower"):
         return update, None
-    compiled = update.lower(state, *inputs).compile()
+    # A GPU is given all operations at once, and the profiler would see but that one command.
+    options = {"xla_gpu_enable_command_buffer": ""} if profiled and jax.default_backend() == "gpu" else {}
+    compiled = update.lower(state, *inputs).compile(compiler_options=options)
     plan = compiled.memory_analysis()
     if plan is None:
         return compiled, None

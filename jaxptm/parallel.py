@@ -6,6 +6,8 @@ The modules know nothing of it. XLA reads the shardings of a step's inputs and o
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -22,6 +24,7 @@ from jaxptm.config import LoopConfig, ParallelConfig
 from jaxptm.nn.core import TransformerConfig
 from jaxptm.types import Array, Batch, JaxptmError, Means, Params, TrainState
 
+log = logging.getLogger("jaxptm")
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """Axes that divide the rows of a batch."""
@@ -38,6 +41,17 @@ TENSOR_AXIS: dict[tuple[str, ...], int] = {
     ("mlm_head", "bias"): -1,
 }
 """End of a parameter's path -> the axis that tensor parallelism divides; parameters that are not here are copied."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        # cuBLAS adds biases and gradients of the residual stream within its products; XLA's own kernels for products
+        # leave that to another pass over the activations, and take a minute to choose from.
+        "xla_gpu_enable_triton_gemm": False,
+        # What products of one input, merged into one, give has to be cut apart again.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    },
+}
+"""Of XLA, by platform: how it compiles steps."""
 
 Tree = TypeVar("Tree")
 KeyData = Array | np.ndarray
@@ -220,7 +234,24 @@ def compile_update(update: Update, mesh: Mesh, mode: str, state: TrainState) -> 
             check_vma=False,
         )
     ins, outs = (layout, rows, replicated(mesh)), (layout, replicated(mesh))
-    return jax.jit(body, in_shardings=ins, out_shardings=outs, donate_argnums=0)
+    return jax.jit(body, in_shardings=ins, out_shardings=outs, donate_argnums=0, compiler_options=compiler_options())
+
+
+@cache
+def compiler_options() -> dict[str, Any]:
+    """`OPTIONS` for the devices that are here, without what XLA_FLAGS says itself and what this XLA does not know."""
+
+    def known(name: str, value: Any) -> bool:
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except Exception:
+            log.debug("this XLA has no option %s", name)
+            return False
+        return True
+
+    options = OPTIONS.get(jax.default_backend(), {})
+    said = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in said and known(name, value)}
 
 
 def compile_evaluate(evaluate: Evaluate, mesh: Mesh) -> Evaluate:
@@ -294,7 +325,8 @@ def matmul_ceiling(dtype: np.dtype) -> float:
     The best of a few, measured once a process; takes well under a second on an accelerator and on a laptop.
     """
     size = 2048 if jax.default_backend() == "cpu" else 8192
-    matrix = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
+    noise = jax.random.normal(jax.random.key(0), (size, size), dtype)  # GPUs are faster with equal numbers
+    matrix = jax.device_put(noise, jax.local_devices()[0])
     multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     jax.block_until_ready(multiply(matrix, matrix))
     seconds = []

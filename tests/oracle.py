@@ -150,15 +150,26 @@ def random_params(shapes: dict[str, Any], seed: int = 0) -> dict[str, Any]:
 def equations(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """The primitive operations of a function of arrays, those of the functions it calls included."""
 
-    def within(jaxpr: Any) -> Iterator[Any]:
-        for equation in jaxpr.eqns:
-            yield equation
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "jaxpr")):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from within(inner)
+    return list(_within(jax.make_jaxpr(function)(*arguments).jaxpr))
 
-    return list(within(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+def _within(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _within(inner)
+
+
+def computes_products_again(operations: list[Any]) -> bool:
+    """Whether one of `equations` is a part of the model with products that the backward pass may compute again."""
+    return any(
+        inner.primitive.name == "dot_general"
+        for operation in operations
+        if operation.primitive.name.startswith(("remat", "checkpoint"))
+        for inner in _within(getattr(operation.params["jaxpr"], "jaxpr", operation.params["jaxpr"]))
+    )
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

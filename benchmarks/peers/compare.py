@@ -1,7 +1,7 @@
 """Training steps of jaxptm and of its peers: the same work, in turns, on one machine.
 
     python benchmarks/peers/compare.py OUT.json [--environments DIR] [--sides SIDE ...] [--work WORK ...] \
-        [--repeats R] [--rows ROWS] [--steps S] [--dtype bfloat16]
+        [--repeats R] [--rows ROWS ...] [--steps S] [--dtype bfloat16] [--together]
 
 Run it with jaxptm's own Python; `environments.py` makes DIR. Without it, only what this Python can import takes part.
 Each side is a process that holds its model and steps when it is told to, so that one computes at a time. A ratio is
@@ -24,6 +24,7 @@ import os
 import platform
 import statistics
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,15 @@ class Peer(NamedTuple):
     objectives: tuple[str, ...]
     dtypes: tuple[str, ...]
     variables: dict[str, str]
+
+
+class Job(NamedTuple):
+    """How one kind of work is measured: `steps` in a turn, of batches of `rows`."""
+
+    sides: list[str]
+    steps: int
+    rows: int
+    dtype: str
 
 
 BOTH = ("float32", "bfloat16")
@@ -90,10 +100,9 @@ def start(name: str, side: str, environments: Path | None, rows: int, dtype: str
 
 
 def compare(
-    name: str, sides: list[str], environments: Path | None, repeats: int, steps: int, rows: int, dtype: str
+    name: str, started: dict[str, Side | str], repeats: int, steps: int, rows: int, dtype: str
 ) -> dict[str, Any]:
-    """What each side of one kind of work took, and the ratios of jaxptm to the others."""
-    started = {side: start(name, side, environments, rows, dtype) for side in sides}
+    """What each side of one kind of work took, and the ratios of jaxptm to the others. The sides end with it."""
     running = {side: process for side, process in started.items() if isinstance(process, Side)}
     absent = {side: why for side, why in started.items() if isinstance(why, str)}
     devices = {side: process.about["device"] for side, process in running.items()}
@@ -166,15 +175,27 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: those that are here")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--rows", type=int, help="of a batch; default those of the work, which suit a CPU")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", help="of a batch, for all or for each --work; default those that suit a CPU"
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="compile all at once, and hold all in memory, before any is measured"
+    )
     parser.add_argument("--steps", type=int, default=1, help="in a turn; one is little where a step takes milliseconds")
     parser.add_argument("--dtype", choices=BOTH, default="float32")
     parser.add_argument("--check", type=Path)
     arguments = parser.parse_args()
     if (arguments.out is None) == (arguments.check is None):
         parser.error("name the file to write, or the one to --check.")
-    if min(arguments.steps, arguments.repeats, arguments.rows or 1) < 1:
+    rows_of_all = arguments.rows or [WORK[name].rows for name in arguments.work]
+    if min(arguments.steps, arguments.repeats, *rows_of_all) < 1:
         parser.error("--steps, --repeats and --rows are 1 or more.")
+    if len(rows_of_all) == 1:
+        rows_of_all *= len(arguments.work)
+    if len(rows_of_all) != len(arguments.work):
+        parser.error(
+            f"--rows has {len(rows_of_all)} numbers for {len(arguments.work)} of --work; one for all, or each."
+        )
     if arguments.check and not arguments.check.is_file():
         parser.error(f"{arguments.check}: there is no such file; measure it first.")
     committed = json.loads(arguments.check.read_text()) if arguments.check else {}
@@ -182,7 +203,8 @@ def main() -> None:
     for elsewhere in {json.dumps(result["machine"]) for result in committed.values() if result["machine"] != here}:
         print(f"{arguments.check} was measured on {elsewhere}, this is {json.dumps(here)}", file=sys.stderr)
     measured: dict[str, Any] = {}
-    for name in arguments.work:
+    jobs: dict[str, Job] = {}
+    for name, rows in zip(arguments.work, rows_of_all, strict=True):
         if arguments.check and name not in committed:
             continue
         sides = ["jaxptm", *(side for side in arguments.sides or SIDES if side != "jaxptm")]
@@ -190,15 +212,26 @@ def main() -> None:
             sides = [side for side in sides if side in committed[name]["sides"]]
         # What is checked is measured as it was.
         as_before = committed[name]["work"] if arguments.check else {}
-        measured[name] = compare(
-            name,
+        jobs[name] = Job(
             sides,
-            arguments.environments,
-            arguments.repeats,
             as_before.get("steps", arguments.steps),
-            as_before.get("rows", arguments.rows or WORK[name].rows),
+            as_before.get("rows", rows),
             as_before.get("dtype", arguments.dtype),
         )
+    threads = ThreadPoolExecutor(sum(len(job.sides) for job in jobs.values()) if arguments.together else 1)
+
+    def begun(name: str) -> dict[str, Future[Side | str]]:
+        job = jobs[name]
+        return {
+            side: threads.submit(start, name, side, arguments.environments, job.rows, job.dtype) for side in job.sides
+        }
+
+    early = {name: begun(name) for name in jobs} if arguments.together else {}
+    for futures in early.values():
+        wait(futures.values())
+    for name, job in jobs.items():
+        started = {side: future.result() for side, future in (early.get(name) or begun(name)).items()}
+        measured[name] = compare(name, started, arguments.repeats, job.steps, job.rows, job.dtype)
         if arguments.out:
             arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.convolution import grouped_convolution
-from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, Transformer, layer_norm, linear, visible_keys
+from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, Norm, Transformer, layer_norm, linear, visible_keys
 from jaxptm.nn.heads import Classifier, ContrastiveHead, FrameClassifier
 from jaxptm.nn.model import PretrainedModule
 from jaxptm.types import Array
@@ -45,15 +45,16 @@ class ConvLayer(nn.Module):
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
             name="conv",
         )(x)
-        options = {"dtype": execution.dtype, "param_dtype": execution.param_dtype, "use_fast_variance": False}
+        options: dict[str, Any] = {"dtype": execution.dtype, "param_dtype": execution.param_dtype, "name": "norm"}
         if config.feat_extract_norm == "layer":
-            x = nn.LayerNorm(CONV_NORM_EPS, **options, name="norm")(x)
+            x = Norm(CONV_NORM_EPS, **options)(x)
         elif self.index == 0:
-            counted = None
+            shares = None
             if lengths is not None:
                 frames = (lengths - config.conv_kernel[0]) // config.conv_stride[0] + 1
-                counted = jnp.broadcast_to((jnp.arange(x.shape[1])[None] < frames[:, None])[..., None], x.shape)
-            x = nn.GroupNorm(None, group_size=1, epsilon=CONV_NORM_EPS, **options, name="norm")(x, mask=counted)
+                counted = jnp.arange(x.shape[1])[None] < frames[:, None]
+                shares = (counted / jnp.maximum(frames, 1)[:, None])[..., None]
+            x = Norm(CONV_NORM_EPS, axis=1, **options)(x, shares)
         return ACTIVATIONS[config.feat_extract_activation](x)
 
 

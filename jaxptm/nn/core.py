@@ -19,11 +19,18 @@ from pydantic import Field, model_validator
 from jaxptm.config import Config, Positive, Share
 from jaxptm.ops.attention import attention
 from jaxptm.ops.dropout import dropout
+from jaxptm.ops.norm import normalise
 from jaxptm.types import Array, Params
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # Keys are Hugging Face's `hidden_act` names; `gelu` is the exact one, by erf.
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+
+def gelu(x: Array) -> Array:
+    """x times the probability of a normal variable below it (Hendrycks and Gimpel 2016), in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
     "gelu_new": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
     "gelu_fast": nn.gelu,
@@ -37,6 +44,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "sigmoid": nn.sigmoid,
     "linear": lambda x: x,
 }
+ACTIVATIONS = {name: jax.checkpoint(activation) for name, activation in _ACTIVATIONS.items()}
+"""By Hugging Face's `hidden_act`. All keep their input for the gradient: to compute the rest again costs less."""
 
 
 class TransformerConfig(Config):
@@ -60,6 +69,8 @@ class TransformerConfig(Config):
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     norm: Literal["post", "pre"] = "post"
     """`post`: norm(x + f(x)). `pre`: x + f(norm(x)), with one more norm after the last layer."""
+    causal: ClassVar[bool] = False
+    """A token attends to those before it; a row is classified by its last token."""
     shared_layer: ClassVar[bool] = False
     """One layer's parameters serve all layers (ALBERT)."""
     normed_states: ClassVar[bool] = True
@@ -152,7 +163,7 @@ class Layer(nn.Module):
     def dense(self, features: int, name: str) -> nn.Dense:
         return dense(self.config, self.execution, features, name)
 
-    def norm(self, name: str) -> nn.LayerNorm:
+    def norm(self, name: str) -> Norm:
         return layer_norm(self.config, self.execution, name)
 
     def dropout(self, x: Array) -> Array:
@@ -213,7 +224,8 @@ class Attention(Layer):
             cache = Cache(key, value, cache.start + x.shape[1])
         rate = self.config.attention_probs_dropout_prob
         rng = self.make_rng("dropout") if self.train and rate else None
-        mixed = attention(query, key, value, mask, rng, rate).reshape(x.shape)
+        causal = self.config.causal and cache is None
+        mixed = attention(query, key, value, mask, rng, rate, causal=causal).reshape(x.shape)
         return dense(self.config, self.execution, self.config.hidden_size, "output", residual=True)(mixed), cache
 
 
@@ -349,15 +361,23 @@ def linear(execution: Execution, features: int, name: str) -> nn.Dense:
     )
 
 
-def layer_norm(config: TransformerConfig, execution: Execution, name: str | None) -> nn.LayerNorm:
-    # The two-pass variance: the fast one loses digits where the mean is large against the spread.
-    return nn.LayerNorm(
-        config.layer_norm_eps,
-        dtype=execution.dtype,
-        param_dtype=execution.param_dtype,
-        use_fast_variance=False,
-        name=name,
-    )
+class Norm(nn.Module):
+    """Over the last axis, or another (see `ops.norm`)."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    axis: int = -1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*R D"], shares: Float[Array, ...] | None = None) -> Float[Array, "*R D"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        return normalise(x, scale, bias, self.epsilon, self.dtype, self.axis, shares)
+
+
+def layer_norm(config: TransformerConfig, execution: Execution, name: str | None) -> Norm:
+    return Norm(config.layer_norm_eps, execution.dtype, execution.param_dtype, name=name)
 
 
 def stack_layers(params: Params) -> Params:

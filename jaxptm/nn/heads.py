@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
@@ -28,6 +29,19 @@ class Pooler(nn.Module):
         return ACTIVATIONS[self.activation](x)
 
 
+@jax.custom_jvp
+def _products(x: Float[Array, "*R E"], table: Float[Array, "V E"]) -> Float[Array, "*R V"]:
+    return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+
+
+@_products.defjvp
+def _products_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """In the type of the inputs, so that the products of the backward pass are of that type, as all others are."""
+    (x, table), (dx, dtable) = primals, tangents
+    change = jnp.einsum("...d,vd->...v", dx, table) + jnp.einsum("...d,vd->...v", x, dtable)
+    return _products(x, table), change.astype(jnp.float32)
+
+
 class LmHead(nn.Module):
     """What language-model heads share: float32 logits against the token embeddings `table` of width E.
 
@@ -43,7 +57,7 @@ class LmHead(nn.Module):
         if table is None:
             shape = (self.vocab_size, self.width)
             table = self.param("embedding", self.config.initializer(), shape, self.execution.param_dtype)
-        return jnp.einsum("...d,vd->...v", x, table.astype(self.execution.dtype), preferred_element_type=jnp.float32)
+        return _products(x, table.astype(self.execution.dtype))
 
 
 class MlmHead(LmHead):

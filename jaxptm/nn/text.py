@@ -58,8 +58,6 @@ class TextConfig(ModelConfig):
         "embedding_dropout_prob",
         "type_vocab_size",
     )
-    causal: ClassVar[bool] = False
-    """A token attends to those before it; a row is classified by its last token."""
     embedding_norm: ClassVar[bool] = True
     embedding_projection: ClassVar[Literal["never", "between widths", "always"]] = "never"
     """Whether the embeddings are projected to `hidden_size`; `never`: they have this width."""
@@ -206,10 +204,21 @@ class TextEmbeddings(nn.Module):
     ) -> Float[Array, "B L E"]:
         x = self.token(input_ids)
         if self.config.type_vocab_size:
-            x += self.token_type(token_type_ids)
+            x += _chosen(self.token_type.embedding.astype(x.dtype), token_type_ids)
         x += self.position(position_ids)
         x = self.norm(x) if self.config.embedding_norm else x.astype(self.execution.dtype)
         return self.dropout(x, train=train)
+
+
+def _chosen(table: Float[Array, "T E"], ids: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+    """`table[ids]`, NaN where there is no such entry.
+
+    Of few entries: what thousands of tokens add to the gradient of one is then a sum, and no scattered additions.
+    """
+    chosen: Array = jnp.full((1, 1, 1), jnp.nan, table.dtype)
+    for entry, row in enumerate(table):
+        chosen = jnp.where((ids == entry)[..., None], row[None, None], chosen)
+    return chosen
 
 
 class TextModel(PretrainedModule):

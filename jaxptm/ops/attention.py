@@ -24,6 +24,7 @@ def attention(
     rng: Key[Array, ""] | None = None,
     rate: float = 0.0,
     *,
+    causal: bool = False,
     tiled: bool | None = None,
 ) -> Float[Array, "B Q H W"]:
     """softmax(q kT / sqrt(W)) v for each head; scores and softmax are float32 whatever the type of the inputs.
@@ -32,6 +33,8 @@ def attention(
         mask: which keys each query may see; None for all.
         rng: of dropout; None for none.
         rate: share of the weights that dropout takes.
+        causal: as the mask says, too, no query sees a key after it. The kernels then leave those out, even for a query
+            that sees no key at all.
         tiled: by kernels that keep the weights out of a GPU's memory; default where `runs_tiles` and `fits_tiles`.
     """
     if rng is not None and rate == 1:
@@ -43,7 +46,7 @@ def attention(
     if tiled:
         from jaxptm.ops.tiles import attention_in_tiles  # Pallas takes long to import, and not every jax has its Triton
 
-        return attention_in_tiles(query, key, value, mask, rng, rate)
+        return attention_in_tiles(query, key, value, mask, rng, rate, causal)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, UNSEEN)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas
+from jax.experimental.pallas import triton
 
 from jaxptm.ops.attention import UNSEEN
 from jaxptm.ops.dropout import kept_at
@@ -25,95 +26,81 @@ class Static(NamedTuple):
     """What kernels are compiled for, besides the shapes.
 
     Attributes:
-        queries: of a row, without what they are filled up with.
-        keys: likewise.
         scale: of the products of queries and keys.
         rate: of dropout.
+        causal: no query sees a key after it.
+        interpret: rather than compile for a GPU.
     """
 
-    queries: int
-    keys: int
     scale: float
     rate: float
-
-
-class Span(NamedTuple):
-    """Queries or keys of a tile, of their row."""
-
-    start: Any
-    size: int
+    causal: bool
+    interpret: bool
 
     @property
-    def of(self) -> Any:
-        """As an index of a reference."""
-        return pallas.ds(self.start, self.size)
+    def gain(self) -> float:
+        """Of what dropout keeps."""
+        return 1 / (1 - self.rate)
 
+    def last(self, size: int, key_ref: Any, inner: int) -> Any:
+        """How many tiles of keys an instance's queries see."""
+        tiles = key_ref.shape[0] // inner
+        return jnp.minimum(pallas.cdiv((pallas.program_id(0) + 1) * size, inner), tiles) if self.causal else tiles
 
-class _Mask:
-    """Which weights of a row and head count, for any of its tiles: what attention masks, and what dropout drops."""
+    def scores(self, products: Array, mask: Array) -> Array:
+        """In units of log2; `mask` has what is added, or where it is of every query (int8) which keys are seen."""
+        scale = self.scale * math.log2(math.e)
+        if mask.dtype != jnp.int8:
+            return self.multiply_add(products, scale, mask)
+        return jnp.where(mask > 0, products * scale, jnp.where(mask < 0, -jnp.inf, UNSEEN))
 
-    def __init__(self, static: Static, seen: Any, words: Any, head: Any, *, keys_first: bool = False) -> None:
-        """Tiles are [queries, keys], or the other way around."""
-        self._static, self._seen, self._keys_first = static, seen, keys_first
-        self._words, self._head = (words[0], words[1]), head[0]
+    def multiply_add(self, x: Array, factor: Array | float, addend: Array) -> Array:
+        """x * factor + addend, rounded once. Triton would take two instructions."""
+        if self.interpret:
+            return x * factor + addend
+        return _instruction("fma.rn.f32 $0, $1, $2, $3;", x, factor, addend)
 
-    def scores(self, products: Array, queries: Span, keys: Span) -> tuple[Array, Array]:
-        """Scores in units of log2, and which keys are seen."""
-        rows = queries if self._seen.shape[0] > 1 else Span(0, 1)
-        seen = self._seen[rows.of, keys.of] != 0
-        if self._keys_first:
-            seen = seen.T
-        scores = jnp.where(seen, products * (self._static.scale * math.log2(math.e)), UNSEEN)
-        if self._static.keys % MULTIPLE:
-            scores = jnp.where(self._positions(keys, is_key=True) < self._static.keys, scores, -jnp.inf)
-        return scores, seen
+    def power(self, x: Array) -> Array:
+        """2**x, with 0 for what is no normal number. Triton's own takes three instructions more for those."""
+        return jnp.exp2(x) if self.interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
 
-    def dropped(self, x: Array, queries: Span, keys: Span) -> Array:
-        """x, with dropout's mask over (1 - rate)."""
-        if not self._static.rate:
-            return x
-        query = self._positions(queries, is_key=False).astype(jnp.uint32)
-        key = self._positions(keys, is_key=True).astype(jnp.uint32)
-        above = self._head * jnp.uint32(self._static.queries)
-        position = (above + query) * jnp.uint32(self._static.keys) + key
-        return jnp.where(kept_at(position, *self._words, self._static.rate), x * (1 / (1 - self._static.rate)), 0)
-
-    def _positions(self, span: Span, *, is_key: bool) -> Array:
-        return jnp.expand_dims(span.start + jnp.arange(span.size), 1 if is_key == self._keys_first else 0)
+    def dropped(self, x: Array, words: Array, words_along: Array) -> Array:
+        """x times dropout's mask of ones and zeros."""
+        return jnp.where(kept_at(words, words_along, self.rate), x, 0) if self.rate else x
 
 
 def forward_kernel(
     static: Static,
     inner: int,
     query_ref: Any,
+    words_ref: Any,
     key_ref: Any,
     value_ref: Any,
-    seen_ref: Any,
-    words_ref: Any,
-    head_ref: Any,
+    key_words_ref: Any,
+    mask_ref: Any,
     out_ref: Any,
     top_ref: Any,
-    total_ref: Any,
+    share_ref: Any,
 ) -> None:
-    mask = _Mask(static, seen_ref, words_ref, head_ref)
-    query = query_ref[...]
-    size = len(query)
-    queries = Span(pallas.program_id(0) * size, size)
+    query, words = query_ref[...], words_ref[...][:, None]
+    queries = _own(mask_ref, 0, len(query))
 
     def step(at: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, top, total = carry
-        keys = Span(at * inner, inner)
-        scores, _ = mask.scores(_product(query, key_ref[keys.of, :], (1, 1)), queries, keys)
+        keys = pallas.ds(at * inner, inner)
+        scores = static.scores(_product(query, key_ref[keys, :], (1, 1)), mask_ref[queries, keys])
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - higher[:, None])
-        fade = jnp.exp2(top - higher)
-        mixed = _product(mask.dropped(weights, queries, keys).astype(query.dtype), value_ref[keys.of, :], (1, 0))
+        weights = static.power(scores - higher[:, None])
+        fade = static.power(top - higher)
+        stay = static.dropped(weights, words, key_words_ref[keys][None])
+        mixed = _product(stay.astype(query.dtype), value_ref[keys, :], (1, 0))
         return out * fade[:, None] + mixed, higher, total * fade + jnp.sum(weights, axis=1)
 
-    begin = jnp.zeros(query.shape, jnp.float32), jnp.full(size, UNSEEN, jnp.float32), jnp.zeros(size, jnp.float32)
-    out, top, total = jax.lax.fori_loop(0, key_ref.shape[0] // inner, step, begin)
-    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-    top_ref[...], total_ref[...] = top, total
+    begin = jnp.zeros(query.shape, jnp.float32), jnp.full(len(query), UNSEEN, jnp.float32), jnp.zeros(len(query))
+    out, top, total = jax.lax.fori_loop(0, static.last(len(query), key_ref, inner), step, begin)
+    share = 1 / total
+    out_ref[...] = (out * (share * static.gain)[:, None]).astype(out_ref.dtype)
+    top_ref[...], share_ref[...] = top, share
 
 
 def queries_kernel(
@@ -121,32 +108,32 @@ def queries_kernel(
     inner: int,
     query_ref: Any,
     slope_ref: Any,
+    words_ref: Any,
     top_ref: Any,
-    total_ref: Any,
+    share_ref: Any,
+    gain_ref: Any,
     delta_ref: Any,
     key_ref: Any,
     value_ref: Any,
-    seen_ref: Any,
-    words_ref: Any,
-    head_ref: Any,
+    key_words_ref: Any,
+    mask_ref: Any,
     to_query_ref: Any,
 ) -> None:
-    mask = _Mask(static, seen_ref, words_ref, head_ref)
     query, slope = query_ref[...], slope_ref[...]
-    top, share, delta = top_ref[...][:, None], 1 / total_ref[...][:, None], delta_ref[...][:, None]
-    queries = Span(pallas.program_id(0) * len(query), len(query))
+    words, top, share, gain, delta = (ref[...][:, None] for ref in (words_ref, top_ref, share_ref, gain_ref, delta_ref))
+    queries = _own(mask_ref, 0, len(query))
 
     def step(at: Array, to_query: Array) -> Array:
-        keys = Span(at * inner, inner)
-        key = key_ref[keys.of, :]
-        scores, seen = mask.scores(_product(query, key, (1, 1)), queries, keys)
-        to_weights = mask.dropped(_product(slope, value_ref[keys.of, :], (1, 1)), queries, keys)
-        to_scores = jnp.where(seen, jnp.exp2(scores - top) * share * (to_weights - delta), 0)
+        keys = pallas.ds(at * inner, inner)
+        key = key_ref[keys, :]
+        scores = static.scores(_product(query, key, (1, 1)), mask_ref[queries, keys])
+        to_weights = static.dropped(_product(slope, value_ref[keys, :], (1, 1)), words, key_words_ref[keys][None])
+        to_scores = static.power(scores - top) * static.multiply_add(to_weights, gain, -delta)
         return to_query + _product(to_scores.astype(key.dtype), key, (1, 0))
 
-    begin = jnp.zeros(query.shape, jnp.float32)
-    to_query = jax.lax.fori_loop(0, key_ref.shape[0] // inner, step, begin)
-    to_query_ref[...] = (to_query * static.scale).astype(to_query_ref.dtype)
+    last = static.last(len(query), key_ref, inner)
+    to_query = jax.lax.fori_loop(0, last, step, jnp.zeros(query.shape, jnp.float32))
+    to_query_ref[...] = (to_query * (share * static.scale)).astype(to_query_ref.dtype)
 
 
 def keys_kernel(
@@ -154,40 +141,59 @@ def keys_kernel(
     inner: int,
     key_ref: Any,
     value_ref: Any,
+    key_words_ref: Any,
     query_ref: Any,
     slope_ref: Any,
-    top_ref: Any,
-    total_ref: Any,
-    delta_ref: Any,
-    seen_ref: Any,
     words_ref: Any,
-    head_ref: Any,
+    top_ref: Any,
+    share_ref: Any,
+    gain_ref: Any,
+    delta_ref: Any,
+    mask_ref: Any,
     to_key_ref: Any,
     to_value_ref: Any,
 ) -> None:
-    mask = _Mask(static, seen_ref, words_ref, head_ref, keys_first=True)
-    key, value = key_ref[...], value_ref[...]
-    keys = Span(pallas.program_id(0) * len(key), len(key))
+    key, value, key_words = key_ref[...], value_ref[...], key_words_ref[...][:, None]
+    keys = _own(mask_ref, 1, len(key))
 
     def step(at: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         to_key, to_value = carry
-        queries = Span(at * inner, inner)
-        query, slope = query_ref[queries.of, :], slope_ref[queries.of, :]
-        top, share, delta = top_ref[queries.of][None], 1 / total_ref[queries.of][None], delta_ref[queries.of][None]
-        scores, seen = mask.scores(_product(key, query, (1, 1)), queries, keys)
-        weights = jnp.exp2(scores - top) * share
-        to_weights = mask.dropped(_product(value, slope, (1, 1)), queries, keys)
-        to_scores = jnp.where(seen, weights * (to_weights - delta), 0)
-        to_value += _product(mask.dropped(weights, queries, keys).astype(slope.dtype), slope, (1, 0))
+        queries = pallas.ds(at * inner, inner)
+        query, slope = query_ref[queries, :], slope_ref[queries, :]
+        words, top, share, gain, delta = (
+            ref[queries][None] for ref in (words_ref, top_ref, share_ref, gain_ref, delta_ref)
+        )
+        mask = mask_ref[queries if mask_ref.shape[0] > 1 else pallas.ds(0, 1), keys].T
+        scores = static.scores(_product(key, query, (1, 1)), mask)
+        weights = static.power(scores - top) * share
+        to_weights = static.dropped(_product(value, slope, (1, 1)), words, key_words)
+        to_scores = weights * static.multiply_add(to_weights, gain, -delta)
+        stay = static.dropped(weights, words, key_words)
+        to_value += _product(stay.astype(slope.dtype), slope, (1, 0))
         return to_key + _product(to_scores.astype(query.dtype), query, (1, 0)), to_value
 
     begin = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-    to_key, to_value = jax.lax.fori_loop(0, query_ref.shape[0] // inner, step, begin)
+    first = pallas.program_id(0) * len(key) // inner if static.causal else 0
+    to_key, to_value = jax.lax.fori_loop(first, query_ref.shape[0] // inner, step, begin)
     to_key_ref[...] = (to_key * static.scale).astype(to_key_ref.dtype)
-    to_value_ref[...] = to_value.astype(to_value_ref.dtype)
+    to_value_ref[...] = (to_value * static.gain).astype(to_value_ref.dtype)
+
+
+def _own(mask_ref: Any, axis: int, size: int) -> Any:
+    """What an instance works for, as an index of an axis of the mask."""
+    return pallas.ds(pallas.program_id(0) * size, size) if mask_ref.shape[axis] > 1 else pallas.ds(0, 1)
 
 
 def _product(left: Array, right: Array, over: tuple[int, int]) -> Array:
     """Of two matrices, summed over these axes of theirs, in float32."""
     contracted = ((over[:1], over[1:]), ((), ()))
     return jax.lax.dot_general(left, right, contracted, preferred_element_type=jnp.float32)
+
+
+def _instruction(code: str, *operands: Any) -> Array:
+    """One of PTX for each element, in float32; operands are broadcast to the first."""
+    shape = operands[0].shape
+    same = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape) for x in operands]
+    constraints = ",".join(["=f", *len(same) * ["f"]])
+    out = [jax.ShapeDtypeStruct(shape, jnp.float32)]
+    return triton.elementwise_inline_asm(code, args=same, constraints=constraints, pack=1, result_shape_dtypes=out)[0]

@@ -27,7 +27,8 @@ from jax.experimental.pallas import triton
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int8, Key, UInt32
 
-from jaxptm.ops.dropout import words_of_rows
+from jaxptm.ops.attention import UNSEEN
+from jaxptm.ops.dropout import words_of_places, words_of_rows
 from jaxptm.ops.kernels import MULTIPLE, Static, forward_kernel, keys_kernel, queries_kernel
 from jaxptm.types import Array
 
@@ -48,8 +49,10 @@ class Tiling(NamedTuple):
     stages: int
 
 
-FORWARD, OF_QUERIES, OF_KEYS = Tiling(64, 64, 4, 3), Tiling(64, 32, 4, 2), Tiling(64, 64, 4, 3)
-"""The fastest of seven on an H100 at 64 x 512, 12 heads of 64 (docs/speed.md)."""
+FORWARD, OF_QUERIES, OF_KEYS = Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)
+"""The fastest of six or seven on an H100 at 64 x 512, 12 heads of 64 (docs/speed.md)."""
+QUERY, KEY, STATISTIC = "b q h w", "b k h w", "b h q"
+"""Names of the axes of operands."""
 
 
 def attention_in_tiles(
@@ -59,28 +62,41 @@ def attention_in_tiles(
     mask: Bool[Array, "#B 1 #Q K"] | None,
     rng: Key[Array, ""] | None,
     rate: float,
+    causal: bool,
 ) -> Float[Array, "B Q H W"]:
     """`ops.attention.attention` for W = 16, 32, 64 or 128."""
     rows, queries, heads, width = query.shape
     keys = key.shape[1]
-    seen = jnp.ones((1, 1, keys), jnp.int8) if mask is None else mask[:, 0].astype(jnp.int8)
+    static = Static(width**-0.5, 0.0 if rng is None else rate, causal, jax.default_backend() != "gpu")
     words = jnp.zeros((2, rows), jnp.uint32) if rng is None else words_of_rows(rng, rows)
-    static = Static(queries, keys, width**-0.5, 0.0 if rng is None else rate)
+    of_queries, of_keys = words_of_places(words, (heads, queries, keys))
     return _attention(
         _filled(query, 1),
         _filled(key, 1),
         _filled(value, 1),
-        _filled(seen, 2) if seen.shape[1] == 1 else _filled(_filled(seen, 1), 2),
-        words,
-        jnp.arange(heads, dtype=jnp.uint32),
+        _filled(of_queries[..., 0], 2),
+        _filled(of_keys[:, 0, 0], 1),
+        _mask(mask, keys),
         static,
     )[:, :queries]
 
 
-def _filled(x: Array, axis: int) -> Array:
-    """x with zeros up to a multiple of `MULTIPLE`."""
+def _mask(mask: Bool[Array, "#B 1 #Q K"] | None, keys: int) -> Float[Array, "#B 1 L"] | Int8[Array, "#B P L"]:
+    """What is added to the scores: 0, `UNSEEN`, or -inf for what keys are filled up with.
+
+    A mask that every query has its own of is four times smaller as 1, 0, and -1.
+    """
+    seen = jnp.ones((1, 1, keys), bool) if mask is None else mask[:, 0]
+    if seen.shape[1] == 1:
+        return _filled(jnp.where(seen, 0, jnp.float32(UNSEEN)), 2, -jnp.inf)
+    return _filled(_filled(seen.astype(jnp.int8), 1), 2, -1)
+
+
+def _filled(x: Array, axis: int, value: float = 0) -> Array:
+    """x with more of the value, up to a multiple of `MULTIPLE`."""
     lacks = -x.shape[axis] % MULTIPLE
-    return jnp.pad(x, [(0, lacks if i == axis else 0) for i in range(x.ndim)]) if lacks else x
+    widths = [(0, lacks if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if lacks else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -88,30 +104,32 @@ def _attention(
     query: Float[Array, "B Q H W"],
     key: Float[Array, "B K H W"],
     value: Float[Array, "B K H W"],
-    seen: Int8[Array, "#B #Q K"],
-    words: UInt32[Array, "2 B"],
-    heads: UInt32[Array, " H"],
+    words: UInt32[Array, "B H Q"],
+    key_words: UInt32[Array, "B K"],
+    mask: Float[Array, "#B 1 K"] | Int8[Array, "#B Q K"],
     static: Static,
 ) -> Float[Array, "B Q H W"]:
     """Attention over lengths that are multiples of `MULTIPLE`.
 
     Args:
-        words: two random ones a row, which dropout's mask is made of.
-        heads: their numbers, in the whole model where several devices divide them.
+        words: that dropout's mask is made of, with `key_words`.
     """
-    return _forward(query, key, value, seen, words, heads, static)[0]
+    return _forward(query, key, value, words, key_words, mask, static)[0]
 
 
 def _attention_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
     *operands, static = arguments
-    out, top, total = _forward(*operands, static)
-    return out, (*operands, out, top, total)
+    out, top, share = _forward(*operands, static)
+    return out, (*operands, out, top, share)
 
 
 def _attention_backward(static: Static, kept: tuple[Array, ...], slope: Array) -> tuple[Array | None, ...]:
-    *operands, out, top, total = kept
-    delta = jnp.einsum("bqhw,bqhw->bhq", out, slope, preferred_element_type=jnp.float32)
-    return *_backward(*operands, slope, top, total, delta, static), None, None, None
+    *operands, out, top, share = kept
+    # A query that sees no key weighs all alike, whatever its scores are.
+    sees = top > UNSEEN
+    gain = jnp.where(sees, static.gain, 0)
+    delta = jnp.where(sees, jnp.einsum("bqhw,bqhw->bhq", out, slope, preferred_element_type=jnp.float32), 0)
+    return *_backward(*operands, slope, top, share, gain, delta, static), None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -119,51 +137,48 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 @partial(jax.jit, static_argnums=6)
 def _forward(
-    query: Array, key: Array, value: Array, seen: Array, words: Array, heads: Array, static: Static
+    query: Array, key: Array, value: Array, words: Array, key_words: Array, mask: Array, static: Static
 ) -> tuple[Float[Array, "B Q H W"], Float[Array, "B H Q"], Float[Array, "B H Q"]]:
-    """What is delta; of each query the highest score and `total`."""
+    """The mixed values; of each query the highest score, and the share of a key that has it."""
 
-    def forward(query: Array, key: Array, value: Array, *mask: Array) -> tuple[Array, ...]:
-        return _run(forward_kernel, FORWARD, static, [query], [key, value], mask, outs=[query, *2 * [_a_query(query)]])
+    def forward(*operands: Array) -> tuple[Array, ...]:
+        query, key, value, words, key_words, mask = operands
+        statistic = jax.ShapeDtypeStruct(words.shape, jnp.float32)
+        of_keys = [key, value, key_words]
+        return _run(forward_kernel, FORWARD, static, [query, words], of_keys, mask, [query, statistic, statistic])
 
-    run: Any = _divided(forward, ["b q h w", "b k h w", "b k h w", *_axes_of_mask(seen)], ["b q h w", "b h q", "b h q"])
-    return run(query, key, value, seen, words, heads)
+    run: Any = _divided(forward, [QUERY, KEY, KEY, STATISTIC, "b k", _axes(mask)], [QUERY, STATISTIC, STATISTIC])
+    return run(query, key, value, words, key_words, mask)
 
 
-@partial(jax.jit, static_argnums=10)
+@partial(jax.jit, static_argnums=11)
 def _backward(
     query: Array,
     key: Array,
     value: Array,
-    seen: Array,
     words: Array,
-    heads: Array,
+    key_words: Array,
+    mask: Array,
     slope: Float[Array, "B Q H W"],
     top: Float[Array, "B H Q"],
-    total: Float[Array, "B H Q"],
+    share: Float[Array, "B H Q"],
+    gain: Float[Array, "B H Q"],
     delta: Float[Array, "B H Q"],
     static: Static,
 ) -> tuple[Float[Array, "B Q H W"], Float[Array, "B K H W"], Float[Array, "B K H W"]]:
     """The gradients of queries, keys and values, where `slope` is that of what was mixed."""
 
-    def backward(query: Array, key: Array, value: Array, *rest: Array) -> tuple[Array, ...]:
-        mask, of_queries = rest[:3], [query, *rest[3:]]
-        (to_query,) = _run(queries_kernel, OF_QUERIES, static, of_queries, [key, value], mask, outs=[query])
-        to_key, to_value = _run(keys_kernel, OF_KEYS, static, [key, value], of_queries, mask, outs=[key, value])
+    def backward(*operands: Array) -> tuple[Array, ...]:
+        query, key, value, words, key_words, mask, slope, *statistics = operands
+        of_queries, of_keys = [query, slope, words, *statistics], [key, value, key_words]
+        (to_query,) = _run(queries_kernel, OF_QUERIES, static, of_queries, of_keys, mask, [query])
+        to_key, to_value = _run(keys_kernel, OF_KEYS, static, of_keys, of_queries, mask, [key, value])
         return to_query, to_key, to_value
 
-    of_queries, of_keys, statistic = "b q h w", "b k h w", "b h q"
     run: Any = _divided(
-        backward,
-        [of_queries, of_keys, of_keys, *_axes_of_mask(seen), of_queries, statistic, statistic, statistic],
-        [of_queries, of_keys, of_keys],
+        backward, [QUERY, KEY, KEY, STATISTIC, "b k", _axes(mask), QUERY, *4 * [STATISTIC]], [QUERY, KEY, KEY]
     )
-    return run(query, key, value, seen, words, heads, slope, top, total, delta)
-
-
-def _a_query(query: Array) -> jax.ShapeDtypeStruct:
-    rows, queries, heads, _ = query.shape
-    return jax.ShapeDtypeStruct((rows, heads, queries), jnp.float32)
+    return run(query, key, value, words, key_words, mask, slope, top, share, gain, delta)
 
 
 def _run(
@@ -172,22 +187,25 @@ def _run(
     static: Static,
     own: Sequence[Array],
     others: Sequence[Array],
-    mask: Sequence[Array],
+    mask: Array,
     outs: Sequence[Array | jax.ShapeDtypeStruct],
 ) -> tuple[Array, ...]:
     """One instance of a kernel for each tile of `own`, head and row; it writes the same tile of each of `outs`.
 
-    It reads a tile of `own` and all of `others` of its row and head. Both are [B, L, H, W] or [B, H, L].
+    It reads a tile of `own` and all of `others` of its row and head: [B, L, H, W], [B, H, L] or [B, L].
     """
 
     def tile(x: Array | jax.ShapeDtypeStruct, size: int | None) -> pallas.BlockSpec:
-        if x.ndim == 4:
-            block = (None, size or x.shape[1], None, x.shape[3])
-            return pallas.BlockSpec(block, lambda i, h, b: (b, i if size else 0, h, 0))
-        return pallas.BlockSpec((None, None, size or x.shape[2]), lambda i, h, b: (b, h, i if size else 0))
+        match x.ndim:
+            case 4:
+                block = (None, size or x.shape[1], None, x.shape[3])
+                return pallas.BlockSpec(block, lambda i, h, b: (b, i if size else 0, h, 0))
+            case 3:
+                return pallas.BlockSpec((None, None, size or x.shape[2]), lambda i, h, b: (b, h, i if size else 0))
+            case _:
+                return pallas.BlockSpec((None, size or x.shape[1]), lambda i, h, b: (b, i if size else 0))
 
-    seen = mask[0]
-    length, heads, rows = own[0].shape[1], own[0].shape[2], own[0].shape[0]
+    rows, length, heads, _ = own[0].shape
     size = math.gcd(tiling.own, length)
     shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs]
     return pallas.pallas_call(
@@ -196,23 +214,19 @@ def _run(
         in_specs=[
             *(tile(x, size) for x in own),
             *(tile(x, None) for x in others),
-            pallas.BlockSpec((None, *seen.shape[1:]), lambda i, h, b: (b if seen.shape[0] > 1 else 0, 0, 0)),
-            pallas.BlockSpec((2, None), lambda i, h, b: (0, b)),
-            pallas.BlockSpec((1,), lambda i, h, b: (h,)),
+            pallas.BlockSpec((None, *mask.shape[1:]), lambda i, h, b: (b if mask.shape[0] > 1 else 0, 0, 0)),
         ],
         out_specs=[tile(x, size) for x in shapes],
         out_shape=shapes,
-        interpret=jax.default_backend() != "gpu",
+        interpret=static.interpret,
         compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         name=kernel.__name__,
-    )(*own, *others, *mask)
+    )(*own, *others, mask)
 
 
-def _axes_of_mask(seen: Array) -> list[str]:
-    """The axes of `seen`, `words` and `heads`; those of length 1 are nobody's."""
-    rows = "b" if seen.shape[0] > 1 else "one_row"
-    queries = "q" if seen.shape[1] > 1 else "one_query"
-    return [f"{rows} {queries} k", "two b", "h"]
+def _axes(mask: Array) -> str:
+    """Those of the mask; one of length 1 is nobody's."""
+    return f"{'b' if mask.shape[0] > 1 else 'one_row'} {'q' if mask.shape[1] > 1 else 'one_query'} k"
 
 
 def _divided(

@@ -14,7 +14,7 @@ from jaxptm.models.bert import BertConfig
 from jaxptm.models.gpt2 import Gpt2Config
 from jaxptm.models.params import abstract_params, stacked
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TASKS, TextEmbeddings, TextModel, empty_caches, forward_flops
+from jaxptm.nn.text import TASKS, TextEmbeddings, TextModel, _chosen, empty_caches, forward_flops
 from jaxptm.types import Params
 
 CONFIG = BertConfig(**oracle.SIZES, hidden_dropout_prob=0.25)
@@ -102,6 +102,35 @@ def test_token_type_and_position_tables_are_used(params: Params) -> None:
         assert np.abs(changed - plain).max() > 0.1
     same = run(params, row, position_ids=numbers, token_type_ids=jnp.zeros_like(row))["prediction_logits"]
     np.testing.assert_array_equal(same, plain)
+
+
+def test_token_types_are_looked_up_with_their_gradient_and_others_are_not_a_number(params: Params) -> None:
+    table = params["embeddings"]["token_type"]["embedding"]
+    types = ids() % len(table)
+    slope = jnp.asarray(np.random.default_rng(2).normal(size=(ROWS, LENGTH, table.shape[-1])), jnp.float32)
+    ours, looked_up = (jax.vjp(lambda t, f=f: f(t, types), table) for f in (_chosen, lambda t, i: t[i]))
+    np.testing.assert_array_equal(ours[0], looked_up[0])
+    np.testing.assert_allclose(ours[1](slope)[0], looked_up[1](slope)[0], atol=1e-5)
+    assert np.isnan(_chosen(table, types + len(table))).all()
+
+
+def test_logits_are_float32_and_the_products_of_their_gradient_are_not(params: Params) -> None:
+    module = TextModel(CONFIG, "masked-lm", Execution(dtype=jnp.bfloat16))
+    of_task = {name: part for name, part in params.items() if name in ("embeddings", "encoder", "mlm_head")}
+
+    def loss(params: Params) -> Any:
+        logits = module.apply({"params": params}, ids())["logits"]
+        assert logits.dtype == jnp.float32
+        return jnp.sin(logits).sum()
+
+    of_vocabulary = [
+        operation
+        for operation in oracle.equations(jax.grad(loss), of_task)
+        if operation.primitive.name == "dot_general"
+        and VOCABULARY in (*operation.invars[0].aval.shape, *operation.invars[1].aval.shape)
+    ]
+    assert len(of_vocabulary) == 3
+    assert all(operand.aval.dtype == jnp.bfloat16 for operation in of_vocabulary for operand in operation.invars)
 
 
 def test_choices_are_scored_one_by_one() -> None:

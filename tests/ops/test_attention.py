@@ -37,11 +37,14 @@ def masked(kind: str, rows: int, queries: int, keys: int) -> jax.Array | None:
     return None
 
 
-def with_gradients(tiled: bool, arrays: list[jax.Array], mask: jax.Array | None, rate: float) -> list[jax.Array]:
+def with_gradients(
+    tiled: bool, arrays: list[jax.Array], mask: jax.Array | None, rate: float, causal: bool = False
+) -> list[jax.Array]:
     """What is mixed, and the gradients of queries, keys and values."""
     *operands, slope = arrays
     rng = jax.random.key(3) if rate else None
-    out, backward = jax.vjp(partial(attention, mask=mask, rng=rng, rate=rate, tiled=tiled), *operands)
+    function = partial(attention, mask=mask, rng=rng, rate=rate, causal=causal, tiled=tiled)
+    out, backward = jax.vjp(function, *operands)
     return [out, *backward(slope)]
 
 
@@ -71,7 +74,7 @@ def in_float64(arrays: list[jax.Array], mask: jax.Array | None, rate: float) -> 
 @pytest.mark.parametrize("kind", MASKS)
 def test_agrees_with_float64(kind: str, rate: float, tiled: bool) -> None:
     arrays, mask = inputs(2, 70, 100, 3, 16), masked(kind, 2, 70, 100)
-    found = jax.jit(partial(with_gradients, tiled, rate=rate))(arrays, mask)
+    found = jax.jit(partial(with_gradients, tiled, rate=rate, causal=kind == "causal"))(arrays, mask)
     for ours, expected in zip(found, in_float64(arrays, mask, rate), strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5)
 

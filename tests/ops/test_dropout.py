@@ -70,6 +70,15 @@ def test_elements_rows_keys_and_layers_are_independent_of_each_other() -> None:
         assert agreement(found, mask(seed, 0.5, 16, 1 << 15)) > SURE
 
 
+def test_the_corners_of_rectangles_are_independent() -> None:
+    # Of two places before the last axis and two along it, three decisions must not tell the fourth.
+    found = mask(5, 0.5, 64, 128, 128)
+    for before, along in ((1, 1), (1, 64), (37, 5), (64, 64), (127, 127)):
+        edges = found[:, before:] ^ found[:, :-before]
+        corners = edges[:, :, along:] ^ edges[:, :, :-along]
+        assert agreement(corners, np.zeros_like(corners)) > SURE, (before, along)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_kept_is_scaled_and_the_gradient_with_it(dtype: Any) -> None:
     x = jax.random.normal(jax.random.key(7), (4, 5, 6), dtype)
