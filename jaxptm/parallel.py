@@ -261,7 +261,7 @@ def compile_evaluate(evaluate: Evaluate, mesh: Mesh) -> Evaluate:
         with _laid_out(mesh):
             return evaluate(_gather_tables(params, mesh), batch, index, key)
 
-    return jax.jit(body, out_shardings=replicated(mesh))
+    return jax.jit(body, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
 
 def _map_devices(update: Update, mesh: Mesh) -> Update:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jaxptm.types import Array
 
 
 def dropout(x: Float[Array, "B ..."], key: Key[Array, ""], rate: float) -> Float[Array, "B ..."]:
-    """x / (1 - rate) where `kept`, else 0: the same on average."""
+    """x / (1 - rate) where `kept`, else 0: the same on average. Its first derivative is taken in reverse mode alone."""
     if rate == 0:
         return x
     if rate == 1:
@@ -30,20 +29,22 @@ def dropout(x: Float[Array, "B ..."], key: Key[Array, ""], rate: float) -> Float
     return _dropped(x, words_of_rows(key, len(x)), rate)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dropped(x: Float[Array, "B ..."], words: UInt32[Array, "2 B"], rate: float) -> Float[Array, "B ..."]:
+def _masked(x: Float[Array, "B ..."], words: UInt32[Array, "2 B"], rate: float) -> Float[Array, "B ..."]:
     stays = kept_at(*words_of_places(words, x.shape[1:]), rate)
     scale = 1 / (1 - rate)  # in float32: in bfloat16 0.9 is 0.898
     return jnp.where(stays, x.astype(jnp.float32) * scale, 0).astype(x.dtype)
 
 
+_dropped = jax.custom_vjp(_masked, nondiff_argnums=(2,))
+
+
 def _dropped_forward(x: Array, words: Array, rate: float) -> tuple[Array, Array]:
-    return _dropped(x, words, rate), words
+    return _masked(x, words, rate), words
 
 
 def _dropped_backward(rate: float, words: Array, slope: Array) -> tuple[Array, None]:
     # XLA would find that it has this mask already, and keep it.
-    return _dropped(slope, jax.lax.optimization_barrier(words), rate), None
+    return _masked(slope, jax.lax.optimization_barrier(words), rate), None
 
 
 _dropped.defvjp(_dropped_forward, _dropped_backward)

@@ -1,11 +1,12 @@
 """Attention in tiles that never leave the core of a GPU that computes them: FlashAttention-2 (Dao 2023), with dropout.
 
 XLA writes the weights, [H, Q, K] a row, to memory and reads them again, forwards and backwards; at 512 tokens that is
-half of all that a BERT moves (docs/speed.md). Here each tile of scores is computed where it is needed, once forwards
-and twice backwards, and so is its mask of dropout: that of `ops.dropout`, bit for bit, hence both ways train alike.
+two thirds of all that a BERT moves (docs/speed.md). Here each tile of scores is computed where it is needed, once
+forwards and twice backwards, and so is its mask of dropout: that of `ops.dropout`, bit for bit, hence both ways train
+alike.
 
 The kernels are written in Pallas, which Triton compiles for GPUs; elsewhere they are interpreted, which is for tests.
-With S the scores in units of log2, P = 2**(S - top) / total the weights, and R dropout's mask over (1 - rate):
+With S the scores in units of log2, P = share * 2**(S - top) the weights, and R dropout's mask over (1 - rate):
 
     O = (R * P) V    dV = (R * P)T dO    dS = P * (R * (dO VT) - delta)    dQ = dS K    dK = dST Q
 
@@ -82,7 +83,7 @@ def attention_in_tiles(
 
 
 def _mask(mask: Bool[Array, "#B 1 #Q K"] | None, keys: int) -> Float[Array, "#B 1 L"] | Int8[Array, "#B P L"]:
-    """What is added to the scores: 0, `UNSEEN`, or -inf for what keys are filled up with.
+    """What is added to the scores: 0, `UNSEEN`, which takes in any score, or -inf for what keys are filled up with.
 
     A mask that every query has its own of is four times smaller as 1, 0, and -1.
     """

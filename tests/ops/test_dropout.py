@@ -79,17 +79,29 @@ def test_the_corners_of_rectangles_are_independent() -> None:
         assert agreement(corners, np.zeros_like(corners)) > SURE, (before, along)
 
 
+@pytest.mark.parametrize("rate", [0.25, 0.1])  # 1 - 0.1 is no number of bfloat16
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_is_kept_is_scaled_and_the_gradient_with_it(dtype: Any) -> None:
+def test_what_is_kept_is_scaled_and_the_gradient_with_it(dtype: Any, rate: float) -> None:
     x = jax.random.normal(jax.random.key(7), (4, 5, 6), dtype)
     key = jax.random.key(8)
-    found = np.asarray(kept(key, 0.25, x.shape))
+    found = np.asarray(kept(key, rate, x.shape))
     assert 0 < found.sum() < found.size
-    out, back = jax.vjp(lambda x: dropout(x, key, 0.25), x)
+    out, back = jax.vjp(lambda x: dropout(x, key, rate), x)
     assert out.dtype == dtype
-    within = {"rtol": float(jnp.finfo(dtype).eps)}
-    np.testing.assert_allclose(np.asarray(out, float), np.where(found, np.asarray(x, float) / 0.75, 0), **within)
-    np.testing.assert_allclose(np.asarray(back(jnp.ones_like(x))[0], float), np.where(found, 1 / 0.75, 0), **within)
+    within = {"rtol": float(jnp.finfo(dtype).eps / 2 + jnp.finfo(jnp.float32).eps)}  # rounded once
+    np.testing.assert_allclose(np.asarray(out, float), np.where(found, np.asarray(x, float) / (1 - rate), 0), **within)
+    np.testing.assert_allclose(
+        np.asarray(back(jnp.ones_like(x))[0], float), np.where(found, 1 / (1 - rate), 0), **within
+    )
+
+
+def test_the_backward_pass_makes_the_mask_again_and_has_a_derivative() -> None:
+    x, key = jax.random.normal(jax.random.key(9), (3, 4, 5)), jax.random.key(10)
+    _, back = jax.vjp(lambda x: dropout(x, key, 0.25), x)
+    assert all(leaf.size <= 2 * len(x) for leaf in jax.tree.leaves(back))  # two words a row
+    scale = np.where(kept(key, 0.25, x.shape), 1 / 0.75, 0)
+    twice = jax.jvp(jax.grad(lambda x: jnp.sin(dropout(x, key, 0.25)).sum()), (x,), (jnp.ones_like(x),))[1]
+    np.testing.assert_allclose(twice, -np.sin(scale * x) * scale**2, atol=1e-5)
 
 
 def test_no_rate_keeps_everything_and_the_full_rate_nothing() -> None:
