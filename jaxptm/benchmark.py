@@ -22,7 +22,7 @@ from jaxptm.data.batching import batches
 from jaxptm.hosts import is_main
 from jaxptm.interruption import explain_failures
 from jaxptm.metrics import MetricsLog, progress_lines, versions
-from jaxptm.parallel import check_tensor, host_rows, make_mesh, matmul_ceiling, put_batch
+from jaxptm.parallel import accepted, check_tensor, host_rows, make_mesh, matmul_ceiling, put_batch
 from jaxptm.profiling import Part, table, time_by_module
 from jaxptm.resolving import resolve
 from jaxptm.run import Run, open_run
@@ -131,7 +131,7 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
         on_device = put_batch(mesh, samples[shape], rows)
         inputs = (on_device, optimization.step_key)
         began = time.perf_counter()
-        updates[shape], allocated = _compiled(optimization.update, state, *inputs, profiled=profile is not None)
+        updates[shape], allocated = _compiled(optimization.update, state, *inputs)
         state, _ = jax.block_until_ready(updates[shape](state, *inputs))
         compile_seconds = time.perf_counter() - began
         state, seconds = _step_seconds(updates[shape], state, inputs, max(1, steps // ROUNDS))
@@ -174,6 +174,12 @@ def _benchmark(config: TrainConfig, steps: int, profile: str | Path | None) -> d
         for _ in range(ROUNDS):
             state, loop = trained(state, steps, metrics)
             loops.append(loop)
+        if profile is not None and jax.default_backend() == "gpu":
+            # A GPU is given the operations of a step as one command, and the profiler would see but that.
+            options = accepted({"xla_gpu_enable_command_buffer": ""})
+            for shape, batch in samples.items():
+                inputs = (put_batch(mesh, batch, rows), optimization.step_key)
+                updates[shape], _ = _compiled(optimization.update, state, *inputs, **options)
         if profile is not None:
             with jax.profiler.trace(str(profile), create_perfetto_trace=True):
                 state, _ = trained(state, min(steps, PROFILED_STEPS), metrics)
@@ -261,12 +267,10 @@ def summary(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _compiled(update: Any, state: TrainState, *inputs: Any, profiled: bool) -> tuple[Any, int | None]:
+def _compiled(update: Any, state: TrainState, *inputs: Any, **options: Any) -> tuple[Any, int | None]:
     """The step for one shape, and the bytes of its plan; with `pmap`, which has none, the step as it was."""
     if not hasattr(update, "lower"):
         return update, None
-    # A GPU is given all operations at once, and the profiler would see but that one command.
-    options = {"xla_gpu_enable_command_buffer": ""} if profiled and jax.default_backend() == "gpu" else {}
     compiled = update.lower(state, *inputs).compile(compiler_options=options)
     plan = compiled.memory_analysis()
     if plan is None:

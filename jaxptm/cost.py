@@ -3,7 +3,7 @@
 Nothing here computes a model. Parameters are counted from their shapes, and activations from what `jax.vjp` of a layer
 keeps, both by tracing alone, so that a changed layer changes the estimate.
 
-What XLA makes of it is modelled, not known. For CPU it compiles steps that hold 0.65 to 0.95 times the bytes that
+What XLA makes of it is modelled, not known. For CPU it compiles steps that hold 0.8 to 1.2 times the bytes that
 are estimated here for gradients and activations (tests/test_cost.py); GPU and TPU were not compared. On CPU, `remat`
 without `scan` saves nothing, because XLA computes all layers again before it goes backward through the first.
 """
@@ -164,7 +164,7 @@ def step_cost(
             _kept_by_ends(config, task, execution, length, predictions, train),
         )
 
-    full, kept, ends = by_parts(train=False)  # without dropout's: XLA draws the masks again
+    full, kept, ends = by_parts(train=False)  # without dropout's: its masks are drawn again
     full_moved, kept_moved, ends_moved = by_parts(train=True)  # but what it lets through is written and read
     logits = 4.0 * predictions * config.vocab_size / _parts(config.vocab_size, tensor) if has_head else 0.0
     # And what is held for a while: the logits with their gradient; later a layer's gradients, and what it computes

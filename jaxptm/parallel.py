@@ -239,7 +239,12 @@ def compile_update(update: Update, mesh: Mesh, mode: str, state: TrainState) -> 
 
 @cache
 def compiler_options() -> dict[str, Any]:
-    """`OPTIONS` for the devices that are here, without what XLA_FLAGS says itself and what this XLA does not know."""
+    """`OPTIONS` for the devices that are here, as far as they are `accepted`."""
+    return accepted(OPTIONS.get(jax.default_backend(), {}))
+
+
+def accepted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of XLA without those that XLA_FLAGS names itself, and those that this XLA does not know."""
 
     def known(name: str, value: Any) -> bool:
         try:
@@ -249,7 +254,6 @@ def compiler_options() -> dict[str, Any]:
             return False
         return True
 
-    options = OPTIONS.get(jax.default_backend(), {})
     said = os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in said and known(name, value)}
 

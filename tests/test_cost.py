@@ -237,7 +237,6 @@ def test_nothing_is_expected_beyond_the_peaks() -> None:
         assert step_seconds(cost, plan.device, paper.SLOW) == plan.slow
 
 
-def test_published_throughput_is_somewhat_below_what_is_expected() -> None:
-    """That code keeps more for its backward pass."""
+def test_published_throughput_is_a_fifth_to_a_quarter_below_what_is_expected() -> None:
     for plan, measured in paper.PUBLISHED:
-        assert 1 < plan.rows / plan.slow / measured < 1.4
+        assert 0.74 < measured / (plan.rows / plan.slow) < 0.81

@@ -99,9 +99,7 @@ def start(name: str, side: str, environments: Path | None, rows: int, dtype: str
         return str(error)
 
 
-def compare(
-    name: str, started: dict[str, Side | str], repeats: int, steps: int, rows: int, dtype: str
-) -> dict[str, Any]:
+def compare(name: str, started: dict[str, Side | str], repeats: int, job: Job, *, together: bool) -> dict[str, Any]:
     """What each side of one kind of work took, and the ratios of jaxptm to the others. The sides end with it."""
     running = {side: process for side, process in started.items() if isinstance(process, Side)}
     absent = {side: why for side, why in started.items() if isinstance(why, str)}
@@ -116,12 +114,12 @@ def compare(
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in running}
     for _ in range(repeats + 1):
         for side, process in running.items():
-            turns[side].append(process.steps(steps))
+            turns[side].append(process.steps(job.steps))
     seconds = {side: [turn["seconds"] for turn in taken[1:]] for side, taken in turns.items()}  # the first warms up
     for process in running.values():
         process.close()
     return {
-        "work": WORK[name]._asdict() | {"rows": rows, "dtype": dtype, "steps": steps},
+        "work": WORK[name]._asdict() | {"rows": job.rows, "dtype": job.dtype, "steps": job.steps},
         "machine": machine(),
         "date": f"{datetime.date.today()}",
         "sides": {
@@ -129,7 +127,7 @@ def compare(
             | {
                 "seconds": statistics.median(seconds[side]),
                 "all_seconds": seconds[side],
-                "ready_seconds": process.ready_seconds,
+                "ready_seconds": None if together else process.ready_seconds,
                 "last_loss": turns[side][-1]["loss"],
                 "peak_bytes": turns[side][-1]["peak"],
             }
@@ -161,8 +159,9 @@ def table(measured: dict[str, Any]) -> str:
     for name, result in measured.items():
         for side, figures in result["sides"].items():
             ratio = f"{result['ratios'][side]:.2f}" if side in result["ratios"] else ""
+            ready = "" if figures["ready_seconds"] is None else f"{figures['ready_seconds']:.1f}"
             lines.append(
-                f"| {name} | {side} | {figures['seconds']:.3f} | {ratio} | {figures['ready_seconds']:.1f} "
+                f"| {name} | {side} | {figures['seconds']:.3f} | {ratio} | {ready} "
                 f"| {figures['peak_bytes'] / 2**30:.1f} |"
             )
     return "\n".join(lines)
@@ -179,7 +178,9 @@ def main() -> None:
         "--rows", type=int, nargs="+", help="of a batch, for all or for each --work; default those that suit a CPU"
     )
     parser.add_argument(
-        "--together", action="store_true", help="compile all at once, and hold all in memory, before any is measured"
+        "--together",
+        action="store_true",
+        help="compile all at once, and hold all in memory, before any is measured; first steps are then not timed",
     )
     parser.add_argument("--steps", type=int, default=1, help="in a turn; one is little where a step takes milliseconds")
     parser.add_argument("--dtype", choices=BOTH, default="float32")
@@ -218,7 +219,8 @@ def main() -> None:
             as_before.get("rows", rows),
             as_before.get("dtype", arguments.dtype),
         )
-    threads = ThreadPoolExecutor(sum(len(job.sides) for job in jobs.values()) if arguments.together else 1)
+    count = sum(len(job.sides) for job in jobs.values()) if arguments.together else 1
+    threads = ThreadPoolExecutor(max(1, count))
 
     def begun(name: str) -> dict[str, Future[Side | str]]:
         job = jobs[name]
@@ -231,7 +233,7 @@ def main() -> None:
         wait(futures.values())
     for name, job in jobs.items():
         started = {side: future.result() for side, future in (early.get(name) or begun(name)).items()}
-        measured[name] = compare(name, started, arguments.repeats, job.steps, job.rows, job.dtype)
+        measured[name] = compare(name, started, arguments.repeats, job, together=arguments.together)
         if arguments.out:
             arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))

@@ -37,6 +37,8 @@ def attention(
             that sees no key at all.
         tiled: by kernels that keep the weights out of a GPU's memory; default where `runs_tiles` and `fits_tiles`.
     """
+    if causal and mask is None:
+        raise ValueError("`causal` says what the mask has; give the mask as well")
     if rng is not None and rate == 1:
         return jnp.zeros_like(query)
     if rate == 0:

@@ -42,8 +42,8 @@ class Static(NamedTuple):
         """Of what dropout keeps."""
         return 1 / (1 - self.rate)
 
-    def last(self, size: int, key_ref: Any, inner: int) -> Any:
-        """How many tiles of keys an instance's queries see."""
+    def tiles_of_keys(self, size: int, key_ref: Any, inner: int) -> Any:
+        """How many an instance's queries go over."""
         tiles = key_ref.shape[0] // inner
         return jnp.minimum(pallas.cdiv((pallas.program_id(0) + 1) * size, inner), tiles) if self.causal else tiles
 
@@ -83,7 +83,7 @@ def forward_kernel(
     share_ref: Any,
 ) -> None:
     query, words = query_ref[...], words_ref[...][:, None]
-    queries = _own(mask_ref, 0, len(query))
+    queries = _of_mask(mask_ref, _span(len(query)))
 
     def step(at: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, top, total = carry
@@ -96,8 +96,12 @@ def forward_kernel(
         mixed = _product(stay.astype(query.dtype), value_ref[keys, :], (1, 0))
         return out * fade[:, None] + mixed, higher, total * fade + jnp.sum(weights, axis=1)
 
-    begin = jnp.zeros(query.shape, jnp.float32), jnp.full(len(query), UNSEEN, jnp.float32), jnp.zeros(len(query))
-    out, top, total = jax.lax.fori_loop(0, static.last(len(query), key_ref, inner), step, begin)
+    begin = (
+        jnp.zeros(query.shape, jnp.float32),
+        jnp.full(len(query), UNSEEN, jnp.float32),
+        jnp.zeros(len(query), jnp.float32),
+    )
+    out, top, total = jax.lax.fori_loop(0, static.tiles_of_keys(len(query), key_ref, inner), step, begin)
     share = 1 / total
     out_ref[...] = (out * (share * static.gain)[:, None]).astype(out_ref.dtype)
     top_ref[...], share_ref[...] = top, share
@@ -121,7 +125,7 @@ def queries_kernel(
 ) -> None:
     query, slope = query_ref[...], slope_ref[...]
     words, top, share, gain, delta = (ref[...][:, None] for ref in (words_ref, top_ref, share_ref, gain_ref, delta_ref))
-    queries = _own(mask_ref, 0, len(query))
+    queries = _of_mask(mask_ref, _span(len(query)))
 
     def step(at: Array, to_query: Array) -> Array:
         keys = pallas.ds(at * inner, inner)
@@ -131,8 +135,8 @@ def queries_kernel(
         to_scores = static.power(scores - top) * static.multiply_add(to_weights, gain, -delta)
         return to_query + _product(to_scores.astype(key.dtype), key, (1, 0))
 
-    last = static.last(len(query), key_ref, inner)
-    to_query = jax.lax.fori_loop(0, last, step, jnp.zeros(query.shape, jnp.float32))
+    tiles = static.tiles_of_keys(len(query), key_ref, inner)
+    to_query = jax.lax.fori_loop(0, tiles, step, jnp.zeros(query.shape, jnp.float32))
     to_query_ref[...] = (to_query * (share * static.scale)).astype(to_query_ref.dtype)
 
 
@@ -154,7 +158,7 @@ def keys_kernel(
     to_value_ref: Any,
 ) -> None:
     key, value, key_words = key_ref[...], value_ref[...], key_words_ref[...][:, None]
-    keys = _own(mask_ref, 1, len(key))
+    keys = _span(len(key))
 
     def step(at: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         to_key, to_value = carry
@@ -163,7 +167,7 @@ def keys_kernel(
         words, top, share, gain, delta = (
             ref[queries][None] for ref in (words_ref, top_ref, share_ref, gain_ref, delta_ref)
         )
-        mask = mask_ref[queries if mask_ref.shape[0] > 1 else pallas.ds(0, 1), keys].T
+        mask = mask_ref[_of_mask(mask_ref, queries), keys].T
         scores = static.scores(_product(key, query, (1, 1)), mask)
         weights = static.power(scores - top) * share
         to_weights = static.dropped(_product(value, slope, (1, 1)), words, key_words)
@@ -179,9 +183,14 @@ def keys_kernel(
     to_value_ref[...] = (to_value * static.gain).astype(to_value_ref.dtype)
 
 
-def _own(mask_ref: Any, axis: int, size: int) -> Any:
-    """What an instance works for, as an index of an axis of the mask."""
-    return pallas.ds(pallas.program_id(0) * size, size) if mask_ref.shape[axis] > 1 else pallas.ds(0, 1)
+def _span(size: int) -> Any:
+    """What an instance works for, as an index."""
+    return pallas.ds(pallas.program_id(0) * size, size)
+
+
+def _of_mask(mask_ref: Any, queries: Any) -> Any:
+    """The rows of the mask that are for these queries; it may have one for all."""
+    return queries if mask_ref.shape[0] > 1 else pallas.ds(0, 1)
 
 
 def _product(left: Array, right: Array, over: tuple[int, int]) -> Array:

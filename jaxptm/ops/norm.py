@@ -30,7 +30,7 @@ def normalise(
 
     Args:
         axis: that mean and variance are over.
-        shares: of the elements along the axis in both, which add up to 1; default the same for all.
+        shares: of the elements along the axis in both, which add up to 1; default the same for all. Constants.
     """
     scale, bias = (jnp.expand_dims(of_features, range(x.ndim - 1)) for of_features in (scale, bias))
 

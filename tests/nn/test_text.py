@@ -13,8 +13,10 @@ import pytest
 from jaxptm.models.bert import BertConfig
 from jaxptm.models.gpt2 import Gpt2Config
 from jaxptm.models.params import abstract_params, stacked
+from jaxptm.nn import core
 from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TASKS, TextEmbeddings, TextModel, _chosen, empty_caches, forward_flops
+from jaxptm.ops.attention import attention
 from jaxptm.types import Params
 
 CONFIG = BertConfig(**oracle.SIZES, hidden_dropout_prob=0.25)
@@ -239,6 +241,24 @@ def in_pieces(params: Params, pieces: list[int], room: int, dtype: Any, mask: An
         assert {int(cache.start) for cache in caches} == {at}
     assert at == LENGTH
     return jax.tree.map(lambda *piece: np.concatenate([np.asarray(x, np.float32) for x in piece], 1), *parts), caches
+
+
+def test_attention_is_told_what_is_causal(monkeypatch: pytest.MonkeyPatch, causal: Params, params: Params) -> None:
+    told = set()
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        told.add(options["causal"])
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(core, "attention", noted)
+    decode(causal, ids())
+    assert told == {True}
+    told.clear()
+    # In a cache a query's place is not that of its key.
+    caches = empty_caches(CAUSAL, Execution(), ROWS, LENGTH)
+    decode(causal, ids(), caches=caches, attention_mask=jnp.ones((ROWS, LENGTH), jnp.int32))
+    run(params, ids())
+    assert told == {False}
 
 
 def test_a_later_token_changes_nothing_before_it(causal: Params) -> None:

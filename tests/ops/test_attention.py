@@ -126,6 +126,22 @@ def test_rows_alone_may_be_divided_with_a_mask_for_all() -> None:
         np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
+def test_causal_kernels_leave_out_what_no_query_of_a_tile_sees() -> None:
+    *operands, _ = inputs(1, 192, 192, 2, 16)
+    query, key, value = operands
+    mask = masked("causal", 1, 192, 192)
+    hidden = [query, *(x.at[:, 128:].set(jnp.nan) for x in (key, value))]
+    found = attention(*hidden, mask, causal=True, tiled=True)
+    assert np.isfinite(found[:, :128]).all() and np.isnan(found[:, 128:]).all()
+    np.testing.assert_allclose(found[:, :128], attention(*operands, mask)[:, :128], atol=2e-5)
+    slope = jnp.ones_like(query).at[:, :64].set(jnp.nan)  # of queries that see no later key
+    _, backward = jax.vjp(partial(attention, mask=mask, causal=True, tiled=True), *operands)
+    to_query, to_key, _ = backward(slope)
+    assert np.isfinite(to_query[:, 64:]).all() and np.isfinite(to_key[:, 64:]).all() and np.isnan(to_key[:, :64]).all()
+    with pytest.raises(ValueError, match="causal"):
+        attention(*operands, causal=True)
+
+
 def test_without_dropout_there_is_none() -> None:
     query, key, value, _ = inputs(1, 8, 8, 1, 16)
     plain = attention(query, key, value)
@@ -169,15 +185,16 @@ def test_where_the_kernels_run(
     assert runs_tiles.__wrapped__() == runs
 
 
-def test_triton_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["padding", "causal"])
+def test_triton_takes_the_kernels(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     # Nothing is compiled here: Pallas translates them for a GPU that is not there.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     shapes = [jax.ShapeDtypeStruct((2, 96, 4, 64), jnp.bfloat16)] * 4
-    mask = jax.ShapeDtypeStruct((2, 1, 1, 96), jnp.bool_)
+    mask = jax.ShapeDtypeStruct((2, 1, 96 if kind == "causal" else 1, 96), jnp.bool_)
     unchecked = [
         jax.export.DisabledSafetyCheck.custom_call(name) for name in ("__gpu$xla.gpu.triton", "triton_kernel_call")
     ]
-    step = jax.jit(partial(with_gradients, True, rate=0.1))
+    step = jax.jit(partial(with_gradients, True, rate=0.1, causal=kind == "causal"))
     try:
         exported = jax.export.export(step, platforms=["cuda"], disabled_checks=unchecked)(shapes, mask)
     except RuntimeError as error:
