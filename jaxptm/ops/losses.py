@@ -33,24 +33,24 @@ def cross_entropy(
     does not fit must not train in silence.
     """
     inside = (labels >= 0) & (labels < logits.shape[-1])
-    values = _surprise(logits.astype(jnp.float32), jnp.where(inside, labels, 0))
+    values = _negative_log_likelihood(logits.astype(jnp.float32), jnp.where(inside, labels, 0))
     return Mean.of(jnp.where(inside | (weights == 0), values, jnp.nan), weights)
 
 
 @jax.custom_jvp
-def _surprise(logits: Float[Array, "*batch V"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+def _negative_log_likelihood(logits: Float[Array, "*batch V"], labels: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
     """-log softmax(logits) of the labels."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     label = jnp.take_along_axis(shifted, labels[..., None], axis=-1)[..., 0]
     return jnp.log(jnp.exp(shifted).sum(axis=-1)) - label
 
 
-@_surprise.defjvp
-def _surprise_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+@_negative_log_likelihood.defjvp
+def _negative_log_likelihood_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     """The gradient is softmax - one-hot in one expression; autodiff would scatter the ones into an array of zeros."""
     (logits, labels), (change, _) = primals, tangents
     slope = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1])
-    return _surprise(logits, labels), (slope * change).sum(axis=-1)
+    return _negative_log_likelihood(logits, labels), (slope * change).sum(axis=-1)
 
 
 def binary_cross_entropy(
