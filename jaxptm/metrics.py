@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from jaxptm import __version__
 from jaxptm.types import JaxptmError
 
 PACKAGES = (
-    "jaxptm",
     "jax",
     "jaxlib",
     "flax",
@@ -118,8 +118,16 @@ def parse_metrics(text: str, name: str) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    """Of Python, of jaxptm and of the packages that figures depend on; "unknown" of one that runs from its sources."""
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "unknown"
+
+    own = {"python": platform.python_version(), "jaxptm": __version__}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 def write_results(run_dir: str | Path, results: Mapping[str, Any]) -> Path:

@@ -6,15 +6,18 @@ import io
 import json
 import math
 import time
+from importlib import metadata
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, read_metrics, write_results
+import jaxptm
+from jaxptm.metrics import MetricsLog, TrainingProgress, plot_curves, read_metrics, versions, write_results
 from jaxptm.types import JaxptmError
 
 NAMES = st.sampled_from(["train/loss", "eval/loss", "learning_rate", "tokens_per_second"])
@@ -82,6 +85,18 @@ def test_results_are_replaced_whole(tmp_path: Path) -> None:
     )
     assert json.loads(path.read_text()) == {"step": 3, "loss": "inf", "devices": ["cpu"], "eval": {"acc": 0.5}}
     assert [item.name for item in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_versions_are_had_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from a source tree on PYTHONPATH failed when it was over and wrote its results."""
+    found = versions()
+    assert found["jaxptm"] == jaxptm.__version__
+    assert found["jax"] == jax.__version__
+    monkeypatch.setattr(metadata.Distribution, "discover", classmethod(lambda *a, **k: iter(())))
+    bare = versions()
+    assert bare.keys() == found.keys()
+    assert bare["jaxptm"] == jaxptm.__version__
+    assert bare["jax"] == "unknown"
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
