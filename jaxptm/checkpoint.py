@@ -80,6 +80,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     @property
+    def saving(self) -> bool:
+        """Something is still being written in the background."""
+        return self._saving is not None and self._manager.is_saving_in_progress()
+
+    @property
     def best_step(self) -> int | None:
         """The step with the best evaluation, the first of equals, or None when none was evaluated."""
         best = None
@@ -146,7 +151,7 @@ class Checkpoints:
 
     def check_for_errors(self) -> None:
         """Raises the JaxptmError of a background save that has failed; never waits."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
+        if not self.saving:
             self.wait()
 
     def wait(self) -> None:

@@ -241,7 +241,7 @@ def test_check_for_errors_reports_once_the_background_save_has_failed(
     monkeypatch.setattr(checkpoint, "_checksums", lambda path: 1 / 0)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(1), None, {})
-        while checkpoints._manager.is_saving_in_progress():
+        while checkpoints.saving:
             time.sleep(0.01)
         with pytest.raises(JaxptmError, match="division by zero"):
             checkpoints.check_for_errors()
