@@ -10,12 +10,10 @@ buckets keep checksums of their own.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -29,6 +27,7 @@ from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import SingleDeviceSharding
 
+from jaxptm.checksums import damage_of, write_checksums
 from jaxptm.hosts import is_main, together
 from jaxptm.storage import is_remote, reachable
 from jaxptm.types import JaxptmError, TrainState
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 # Orbax narrates through absl; what a user must know is said here, once.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
-_CHECKSUMS = "checksums.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -227,7 +225,7 @@ class Checkpoints:
             steps = [candidate for candidate in steps if candidate == step]
         for candidate in steps:
             path = self.directory / str(candidate)
-            damage = None if self._remote else _damage(path)
+            damage = None if self._remote else damage_of(path)
             if damage is None:
                 return candidate
             logger.warning("%s is damaged (%s) and is passed over.", path, damage)
@@ -270,10 +268,7 @@ class Checkpoints:
         if is_main():
             path = self.directory / str(self._saving)
             path = next(self.directory.glob(f"{self._saving}{_TEMPORARY}*"), path)
-            with (path / _CHECKSUMS).open("w") as file:
-                json.dump(_checksums(path), file, indent=0)
-                file.flush()
-                os.fsync(file.fileno())
+            write_checksums(path)
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -355,33 +350,6 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _checksums(path: Path) -> dict[str, str]:
-    files = sorted(file for item in ("state", "meta") for file in (path / item).rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): _checksum(file) for file in files}
-
-
-def _checksum(path: Path) -> str:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint in `path`, or None."""
-    try:
-        expected = json.loads((path / _CHECKSUMS).read_text())
-        for name, checksum in expected.items():
-            if _checksum(path / name) != checksum:
-                return f"{name} is truncated or altered"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(path)} is missing"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -217,14 +217,14 @@ def test_restores_onto_another_number_of_devices(tmp_path: Path, before: int, af
 def test_an_error_of_the_background_save_surfaces_and_earlier_checkpoints_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path) -> dict[str, str]:
+    def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(1), {"loss": 1.0}, {})
         checkpoints.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_checksums", full)
+            patch.setattr(checkpoint, "write_checksums", full)
             checkpoints.save(make_state(2), {"loss": 0.5}, {})
             with pytest.raises(JaxptmError, match=rf"{tmp_path}: the checkpoint of step 2 .* the disk is full"):
                 checkpoints.save(make_state(3), None, {})
@@ -238,7 +238,7 @@ def test_an_error_of_the_background_save_surfaces_and_earlier_checkpoints_stay(
 def test_check_for_errors_reports_once_the_background_save_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_checksums", lambda path: 1 / 0)
+    monkeypatch.setattr(checkpoint, "write_checksums", lambda path: 1 / 0)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(1), None, {})
         while checkpoints.saving:
