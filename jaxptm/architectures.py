@@ -85,9 +85,11 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, source: str) -> None:
 def declared_task(family: Family, hf_config: Mapping[str, Any], directory: Path) -> str | None:
     """The task of the head that config.json declares."""
     declared = hf_config.get("architectures") or []
-    for task, architecture in family.architectures.items():
-        if architecture in declared:
-            return task
+    tasks = [task for task, architecture in family.architectures.items() if architecture in declared]
+    if len(tasks) == 1:
+        return tasks[0]
+    kinds = ", ".join(family.architectures.values())
     raise JaxptmError(
-        f"{directory / 'config.json'}: architectures {declared} names no head of {family.model_type}; pass the task."
+        f"{directory / 'config.json'}: `architectures: {declared}` names {'several heads' if tasks else 'no head'} of "
+        f"{family.model_type}; write there which one it is, of {kinds} (in Python, pass the task)."
     )

@@ -231,6 +231,8 @@ class Checkpoints:
             logger.warning("%s is damaged (%s) and is passed over.", path, damage)
             if candidate not in self._damaged:
                 self._damaged.append(candidate)
+        if steps and step is not None:
+            raise JaxptmError(f"{self.directory / str(step)}: is damaged; name another step, or restore a backup.")
         if steps:
             raise JaxptmError(
                 f"{self.directory}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "

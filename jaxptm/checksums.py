@@ -24,6 +24,8 @@ def damage_of(path: Path) -> str | None:
     """What is wrong with the files of the checkpoint in `path`, or None."""
     try:
         expected = json.loads((path / _NAME).read_text())
+        if not isinstance(expected, dict) or not expected:
+            return f"{_NAME} names no files"
         for name, checksum in expected.items():
             if _checksum(path / name) != checksum:
                 return f"{name} is truncated or altered"

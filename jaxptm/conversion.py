@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxptm.hf.files import write_json
+from jaxptm.hf.files import GENERATION_FILES, POOLING_FILES, PROCESSOR_FILES, TOKENIZER_FILES, found
 from jaxptm.metrics import versions
 from jaxptm.models.params import flatten
 from jaxptm.nn.audio_config import AudioConfig
@@ -23,6 +25,7 @@ from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.storage import is_remote
 from jaxptm.training import restore_model
 from jaxptm.types import JaxptmError
+from jaxptm.writing import whole_file
 
 log = logging.getLogger("jaxptm")
 
@@ -30,6 +33,8 @@ FORMATS = ("hf", "orbax")
 """Hugging Face's config.json and safetensors; an Orbax checkpoint beside a config.json."""
 TOLERANCE = 1e-4
 """Of an output beside transformers', as a share of the largest."""
+SHOWN = 20
+"""Names of weights that are left out in the warning; a report has all."""
 
 
 def convert(
@@ -58,22 +63,47 @@ def convert(
     """
     if to not in FORMATS:
         raise JaxptmError(f"--to {to}: write {' or '.join(FORMATS)}.")
-    if report is not None and (report == target or target in report.parents):
+    if report is not None and target.resolve() in (report.resolve(), *report.resolve().parents):
         raise JaxptmError(f"--report {report}: lies in {target}, which the model is written to; name another place.")
     with tempfile.TemporaryDirectory() as rewritten:
         model = _open(source, step, part, Path(rewritten))
+        _refuse_to_mix(model, target)
+        if to == "orbax":
+            model = replace(model, dead={}, unused=(*model.unused, *_lost_without_names(model)))
         if model.unused:
-            log.warning("%s: these of its weights are left out: %s", source, ", ".join(model.unused))
+            shown, more = model.unused[:SHOWN], len(model.unused) - SHOWN
+            said = f"{', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
+            log.warning("%s: these of its weights are left out: %s", source, said)
         differences = check(model, to) if checked else None
-        if report is not None:  # before the model, which then is not left without it
-            write_report(report, describe(model, source, differences))
-        save(model, target, to)
+        with ExitStack() as stack:  # neither the model nor its report is left without the other
+            if report is not None:
+                origin = {"step": step, "part": part}
+                stack.enter_context(_written(report, describe(model, source, differences) | origin))
+            save(model, target, to)
     return replace(model, source=target), differences
+
+
+def _lost_without_names(model: Model) -> list[str]:
+    """Tensors that no parameter stands for, and that are no copy of one; Orbax has parameters alone."""
+    table, tensors = model.family.table(model.config, model.task), model.tensors()
+    return [name for name, tensor in model.dead.items() if _bytes(tensor) != _bytes(tensors[table.dead[name]][0])]
+
+
+def _refuse_to_mix(model: Model, target: Path) -> None:
+    """Raises JaxptmError where files of another model would stay beside this one."""
+    every = (*TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES, *GENERATION_FILES)
+    there = {file.relative_to(target).as_posix() for file in found(target, every)}
+    if model.source is not None:
+        there -= {file.relative_to(model.source).as_posix() for file in found(model.source, model.companions())}
+    if there:
+        raise JaxptmError(
+            f"{target}: holds {', '.join(sorted(there))} of another model; delete that, or name another directory."
+        )
 
 
 def _open(source: str, step: int | None, part: str, rewritten: Path) -> Model:
     """Opens what `convert` is given; a checkpoint of another implementation is rewritten to `rewritten` first."""
-    is_run = is_remote(source) or (Path(source) / "checkpoints").is_dir()
+    is_run = is_remote(source) or all((Path(source) / name).exists() for name in ("checkpoints", "config.yaml"))
     original = None if is_run else find_original(source)
     if step is not None and not is_run:
         raise JaxptmError(f"--step is for run directories; {source} holds no checkpoints/.")
@@ -82,10 +112,11 @@ def _open(source: str, step: int | None, part: str, rewritten: Path) -> Model:
     if original is None:
         if part != "model":
             raise JaxptmError(f"--part is for runs and for Google's ELECTRA; {source} is neither.")
-        return from_pretrained(source, "auto", complete=True)
-    rewrite(original, rewritten, part)
+        return from_pretrained(source, "auto", complete=True, param_dtype=None)
+    left_out = rewrite(original, rewritten, part)
     try:
-        return from_pretrained(rewritten, "auto", complete=True)
+        model = from_pretrained(rewritten, "auto", complete=True, param_dtype=None)
+        return replace(model, unused=(*model.unused, *left_out))
     except JaxptmError as error:  # names the checkpoint, and not where it lies for a moment
         raise JaxptmError(str(error).replace(str(rewritten), str(original))) from error
 
@@ -114,14 +145,16 @@ def check(model: Model, to: str) -> dict[str, float]:
         raise JaxptmError("--check needs torch, in which transformers computes: pip install torch.") from error
     with tempfile.TemporaryDirectory() as written, tempfile.TemporaryDirectory() as for_transformers:
         save(model, Path(written), to)
-        again = from_pretrained(written, model.task)
+        again = from_pretrained(written, model.task, param_dtype=None)
         before, after = flatten(model.params), flatten(again.params)
-        changed = [path for path in before if not np.array_equal(np.asarray(before[path]), np.asarray(after[path]))]
+        changed = [path for path in before if _bytes(before[path]) != _bytes(after[path])]
         if changed or before.keys() != after.keys():
             raise JaxptmError(f"these weights are not read back as they were written: {', '.join(changed)}.")
         again.save_pretrained(for_transformers)
         kind = getattr(transformers, model.family.architectures[model.task])
         theirs = kind.from_pretrained(for_transformers, dtype=torch.float32).eval()
+    if getattr(theirs.config, "pad_token_id", None) is None:  # of several rows it finds the last token by it
+        theirs.config.pad_token_id = 0
     inputs = sample_inputs(model)
     with torch.no_grad():
         expected = theirs(**{name: torch.tensor(value) for name, value in inputs.items()})
@@ -132,7 +165,8 @@ def check(model: Model, to: str) -> dict[str, float]:
         if name not in expected:  # what jaxptm alone tells, such as how often a codebook entry is used
             continue
         reference = expected[name].numpy().astype(np.float32)
-        differences[name] = float(np.abs(np.asarray(ours, np.float32) - reference).max() / np.abs(reference).max())
+        largest = np.maximum(np.abs(reference).max(), np.finfo(np.float32).tiny)
+        differences[name] = float(np.abs(np.asarray(ours, np.float32) - reference).max() / largest)
     assert differences, f"{kind.__name__} has none of the outputs {', '.join(given)}"
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
@@ -153,12 +187,12 @@ def sample_inputs(model: Model) -> dict[str, np.ndarray]:
     length = min(32, model.max_length)
     shape = (2, 2, length) if model.task == "multiple-choice" else (3, length)
     ids = rng.integers(0, model.config.vocab_size, shape)
-    if model.config.pad_token_id is not None:  # RoBERTa counts positions by it
-        ids = np.where(ids == model.config.pad_token_id, (ids + 1) % model.config.vocab_size, ids)
+    padding = model.config.pad_token_id or 0  # RoBERTa counts positions by it
+    ids = np.where(ids == padding, (ids + 1) % model.config.vocab_size, ids)
     lengths = np.array([length, max(1, length // 2), max(1, length // 3)])[: shape[0]]
     visible = np.arange(length) < lengths.reshape(-1, *[1] * (len(shape) - 1))
     mask = np.ascontiguousarray(np.broadcast_to(visible, shape))
-    ids = np.where(mask, ids, model.config.pad_token_id or 0)
+    ids = np.where(mask, ids, padding)
     return {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
 
 
@@ -170,16 +204,21 @@ def describe(model: Model, source: str, differences: Mapping[str, float] | None 
     Args:
         differences: what `check` gave.
     """
-    table = model.family.table(model.config, model.task)
+    table, every = model.family.table(model.config, model.task), model.tensors()
+
+    def same_as(name: str, tensor: np.ndarray) -> str | None:
+        original = table.tied.get(name) or table.dead.get(name)
+        return original if original is None or _bytes(tensor) == _bytes(every[original][0]) else None
+
     tensors = {
         name: {
             "parameters": paths,
-            "same_as": table.tied.get(name) or table.dead.get(name),
+            "same_as": same_as(name, tensor),
             "shape": tensor.shape,
             "dtype": str(tensor.dtype),
-            "sha256": hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest(),
+            "sha256": hashlib.sha256(_bytes(tensor)).hexdigest(),
         }
-        for name, (tensor, paths) in sorted(model.tensors().items())
+        for name, (tensor, paths) in sorted(every.items())
     }
     return {
         "source": source,
@@ -192,14 +231,23 @@ def describe(model: Model, source: str, differences: Mapping[str, float] | None 
     }
 
 
-def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes what `describe` gave as JSON.
+def _bytes(tensor: Any) -> bytes:
+    return np.ascontiguousarray(tensor).tobytes()
+
+
+@contextmanager
+def _written(path: Path, content: Mapping[str, Any]) -> Iterator[None]:
+    """Writes JSON; it is in its place once what follows has not failed.
 
     Raises:
         JaxptmError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            yield
     except (OSError, ValueError) as error:  # ValueError: a path without a name
         raise JaxptmError(f"{path}: cannot be written: {error}.") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -23,6 +22,7 @@ from rich.table import Column
 
 from jaxptm import __version__
 from jaxptm.types import JaxptmError
+from jaxptm.writing import whole_file, write_atomically
 
 PACKAGES = (
     "jax",
@@ -200,9 +200,8 @@ def plot_curves(run_dir: str | Path) -> Path:
         if title == "Learning rate":
             axes.ticklabel_format(axis="y", scilimits=(-3, 3))
     path = run_dir / "curves.png"
-    temporary = path.with_name("curves.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     return path
 
 
@@ -328,11 +327,15 @@ def _lines(text: str, name: str) -> list[dict[str, Any]]:
     for number, written in enumerate(text.split("\n")[:-1], start=1):  # what follows the last newline was not finished
         try:
             line = json.loads(written)
-            int(line["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            whole = type(line["step"]) is int and all(
+                isinstance(_to_float(value), int | float) for value in line.values()
+            )
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
             raise JaxptmError(
-                f"{name}: line {number} is not a JSON object with a `step`; delete that line to go on."
-            ) from error
+                f"{name}: line {number} is not a JSON object of numbers with a `step`; delete that line to go on."
+            )
         lines.append(line)
     return lines
 
@@ -355,13 +358,3 @@ def _finite(value: Any) -> Any:
 
 def _to_float(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one go: whatever happens, it holds the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

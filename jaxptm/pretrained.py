@@ -22,6 +22,7 @@ from jaxptm.hf import files
 from jaxptm.hf import table as weights
 from jaxptm.models import Family
 from jaxptm.models.params import abstract_params, flatten, initialise, unflatten, unstacked
+from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.core import Execution
 from jaxptm.nn.model import BODY, KEPT, ModelConfig, PretrainedModule
 from jaxptm.nn.text import TextConfig, TextModel
@@ -188,25 +189,33 @@ class Model:
         if (directory / ORBAX_PARAMS).exists():
             raise JaxptmError(f"{directory}: holds a model in Orbax's format; choose another directory.")
         tensors = {name: tensor for name, (tensor, _) in self.tensors().items()}
-        files.write_model(directory, self._config_json(), tensors, max_shard_bytes=max_shard_bytes)
-        self._save_tokenizer(directory)
+        config = self._config_json()
+        files.write_model(
+            directory, config, tensors, max_shard_bytes=max_shard_bytes, companions=self._write_companions
+        )
 
     def save_orbax(self, directory: str | os.PathLike[str]) -> None:
         """Writes the same directory with the parameters as an Orbax checkpoint, for other JAX programs.
 
+        Parameters that no output depends on (`dead`) are not in it.
+
         Raises:
-            JaxptmError: the directory holds weights in another format.
+            JaxptmError: the directory cannot be written, or holds weights in another format.
         """
         import orbax.checkpoint as ocp
 
         directory = Path(directory)
         if any((directory / name).exists() for name in files.WEIGHTS):
             raise JaxptmError(f"{directory}: holds a model in Hugging Face's format; choose another directory.")
-        directory.mkdir(parents=True, exist_ok=True)
-        files.write_json(directory / "config.json", self._config_json())
-        self._save_tokenizer(directory)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((directory / ORBAX_PARAMS).absolute(), unstacked(self.params), force=True)
+        with files.model_directory(directory) as folder:
+            files.write_json(folder / "config.json", self._config_json())
+            self._write_companions(folder)
+            try:
+                with ocp.StandardCheckpointer() as checkpointer:
+                    checkpointer.save((folder / ORBAX_PARAMS).absolute(), unstacked(self.params))
+            except Exception as error:  # Orbax and tensorstore raise many kinds
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise JaxptmError(f"{directory}: the model cannot be written: {reason}.") from error
 
     def _config_json(self) -> dict[str, Any]:
         theirs, ours = dict(self.hf_config), self.family.to_hf(self.config)
@@ -224,13 +233,22 @@ class Model:
             "dtype": str(jax.tree.leaves(self.params)[0].dtype),
         }
 
-    def _save_tokenizer(self, directory: Path) -> None:
-        if "tokenizer" in self.__dict__:
-            self.tokenizer.save_pretrained(directory)
-        elif self.source is not None:
-            files.copy_tokenizer(self.source, directory)
+    def companions(self) -> tuple[str, ...]:
+        """The files beside a model that belong to it, by patterns: they go where it goes."""
+        return (
+            *files.TOKENIZER_FILES,
+            *files.PROCESSOR_FILES,
+            *(files.POOLING_FILES if self.task is None else ()),
+            *(files.GENERATION_FILES if self.task == "causal-lm" else ()),
+        )
+
+    def _write_companions(self, directory: Path) -> None:
         if self.source is not None:
-            files.copy_processor(self.source, directory)
+            files.copy(self.source, directory, self.companions())
+        if "tokenizer" in self.__dict__:
+            for stale in files.found(directory, files.TOKENIZER_FILES):
+                stale.unlink()
+            self.tokenizer.save_pretrained(directory)
 
 
 def from_pretrained(
@@ -240,7 +258,7 @@ def from_pretrained(
     num_labels: int | None = None,
     vocab_size: int | None = None,
     dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
+    param_dtype: Any | None = jnp.float32,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
     new_head: bool = False,
@@ -255,11 +273,11 @@ def from_pretrained(
         num_labels: of a classification head; default what config.json says.
         vocab_size: symbols of a CTC head; default what config.json says.
         dtype: of the computation.
-        param_dtype: of the parameters.
+        param_dtype: of the parameters; None for the type that all of them are stored in, or else float32.
         mesh: devices that each get a copy of the parameters; default the first device.
         seed: of the weights of a head that the checkpoint lacks; such a head is logged as a warning.
         new_head: leave the classifier of the checkpoint aside, and begin with a fresh one; its pooler stays.
-        complete: refuse a checkpoint that lacks a head, or a part of one.
+        complete: refuse a checkpoint that lacks a head, or a part of one, or would lose digits.
 
     Raises:
         JaxptmError: no such model, an unknown architecture or task, or weights that do not fit; all weights at once.
@@ -279,11 +297,15 @@ def from_pretrained(
         given = {name: size for name, size in sizes.items() if size is not None}
         config = validate(family.config, {**config.model_dump(), **given}, "from_pretrained")
 
-    execution = Execution(jnp.dtype(dtype), jnp.dtype(param_dtype))
     if (directory / ORBAX_PARAMS).is_dir():
-        tensors = _restore_orbax(directory / ORBAX_PARAMS, family, config)
+        tensors = _restore_orbax(directory, family, config, hf_config)
     else:
-        tensors = {family.modern_name(name): tensor for name, tensor in files.read_tensors(directory).items()}
+        tensors = weights.renamed(files.read_tensors(directory), family.modern_name, str(directory))
+    if param_dtype is None:
+        param_dtype = _stored_type(tensors)
+    if complete:
+        _refuse_to_round(tensors, directory, jnp.dtype(param_dtype))
+        config = _without_masks(config, tensors, family, directory)
     if new_head:
         aside = {row.theirs for row in family.table(config, task).rows if row.paths[0].split("/")[0] not in KEPT}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in aside}
@@ -291,7 +313,7 @@ def from_pretrained(
     if task is None and isinstance(config, TextConfig) and config.pooler and not pooled:
         config = config.model_copy(update={"pooler": False})
 
-    module = family.module(config, task, execution)
+    module = family.module(config, task, Execution(jnp.dtype(dtype), jnp.dtype(param_dtype)))
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(module)).items()}
     known = {name for other in family.architectures for name in family.table(config, other).names}
     heads = [name for name in {path.split("/")[0] for path in shapes} if name not in BODY]
@@ -312,10 +334,46 @@ def from_pretrained(
     return Model(family, config, task, module, params, directory, hf_config, loaded.dead, loaded.unused)
 
 
-def _restore_orbax(path: Path, family: Family, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The parameters under the names of the weight tables of all heads; one that none of them knows keeps its own."""
+def _stored_type(tensors: Mapping[str, np.ndarray]) -> Any:
+    """The type of floats that all tensors have, if float32 holds it; otherwise float32."""
+    types = {tensor.dtype for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)}
+    return types.pop() if len(types) == 1 and max(kind.itemsize for kind in types) <= 4 else jnp.float32
+
+
+def _refuse_to_round(tensors: Mapping[str, np.ndarray], directory: Path, kind: np.dtype) -> None:
+    """Raises JaxptmError where a type of parameters has not all the digits that the tensors have."""
+    rounded = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype.itemsize > kind.itemsize
+        and jnp.issubdtype(tensor.dtype, jnp.floating)
+        and not np.array_equal(tensor.astype(kind).astype(tensor.dtype), tensor, equal_nan=True)
+    ]
+    if rounded:
+        raise JaxptmError(
+            f"{directory}: {', '.join(rounded[:5])}{' ...' if len(rounded) > 5 else ''}: {kind} has not all their "
+            "digits; round them where they come from."
+        )
+
+
+def _without_masks(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray], family: Family, directory: Path
+) -> ModelConfig:
+    """A config without masks where the checkpoint lacks their embedding, as released CTC models do."""
+    masked = f"{family.prefix}masked_spec_embed"
+    if not isinstance(config, AudioConfig) or not config.masks or masked in tensors:
+        return config
+    log.warning("%s has no %s: written without masks, mask_time_prob and mask_feature_prob are 0.", directory, masked)
+    return config.model_copy(update={"mask_time_prob": 0.0, "mask_feature_prob": 0.0})
+
+
+def _restore_orbax(
+    directory: Path, family: Family, config: ModelConfig, hf_config: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The parameters under the names that the head has which config.json declares; others keep their own names."""
     import orbax.checkpoint as ocp
 
+    path, task = directory / ORBAX_PARAMS, declared_task(family, hf_config, directory)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             # As numpy arrays: the devices that saved them need not be here.
@@ -324,8 +382,7 @@ def _restore_orbax(path: Path, family: Family, config: ModelConfig) -> dict[str,
             params = flatten(checkpointer.restore(path.absolute(), restore_args=as_numpy))
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise JaxptmError(f"{path}: is no complete Orbax checkpoint ({error}).") from error
-    rows = {row.theirs: row for task in family.architectures for row in family.table(config, task).rows}
-    found = [row for row in rows.values() if all(name in params for name in row.paths)]
+    found = [row for row in family.table(config, task).rows if all(name in params for name in row.paths)]
     named = {name for row in found for name in row.paths}
     return weights.save(weights.Table(found), {name: params[name] for name in named}) | {
         name: tensor for name, tensor in params.items() if name not in named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,10 +15,12 @@ import yaml
 
 from jaxptm.checkpoint import is_better
 from jaxptm.directories import leaves
-from jaxptm.metrics import draw_curve, dress_axes, parse_metrics, write_atomically
-from jaxptm.storage import read_text
+from jaxptm.metrics import draw_curve, dress_axes, parse_metrics
+from jaxptm.storage import is_remote, read_text
 from jaxptm.types import JaxptmError
+from jaxptm.writing import write_atomically
 
+DOCTYPE = "<!doctype html>"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 """Okabe and Ito's, which the colour-blind tell apart; further runs begin anew, with dashes."""
 DASHES = ("-", "--", ":", "-.")
@@ -77,16 +79,19 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
         out: the HTML file.
 
     Raises:
-        JaxptmError: there is no run, one is named twice or is no run directory, or a file of it is damaged. Nothing is
-            written then.
+        JaxptmError: there is no run, one is named twice or is no run directory, a file of it is damaged, or `out` is
+            another file than a report. Nothing is written then.
     """
     names = [str(run).rstrip("/") for run in runs]
     if not names:
         raise JaxptmError("name at least one run directory.")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    places = [name if is_remote(name) else str(Path(name).resolve()) for name in names]
+    twice = [name for at, name in enumerate(names) if places[at] in places[:at]]
     if twice:
         raise JaxptmError(f"{', '.join(twice)}: is named twice.")
     out = Path(out)
+    if out.is_dir() or (out.exists() and out.read_bytes()[: len(DOCTYPE)] != DOCTYPE.encode()):
+        raise JaxptmError(f"{out}: is there and no page of a report; name another file.")
     if not out.parent.is_dir():
         raise JaxptmError(f"{out}: there is no directory {out.parent}; make it first.")
     page = to_html([read_run(name) for name in names])
@@ -111,6 +116,7 @@ def read_run(name: str) -> Logged:
     except (yaml.YAMLError, ValueError) as error:
         raise JaxptmError(f"{name}: config.yaml or results.json is damaged: {error}") from error
     whole = isinstance(results, dict) and (not results or all(isinstance(results.get(p), dict) for p in PARTS))
+    whole &= isinstance(results.get("versions", {}), dict) and isinstance(results.get("devices", []), list)
     if not isinstance(config, dict) or not whole:
         raise JaxptmError(f"{name}: config.yaml or results.json is not what a run writes.")
     lines = parse_metrics(texts["metrics.jsonl"] or "", f"{name}/metrics.jsonl")
@@ -126,28 +132,28 @@ def to_html(runs: Sequence[Logged]) -> str:
     figures = _rows(run.figures for run in runs)
     return "\n".join(
         [
-            "<!doctype html>",
+            DOCTYPE,
             f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>',
             f"<body><h1>{'Runs' if len(runs) > 1 else 'Run'}</h1>{under_way}",
             "<h2>Held-out figures</h2>",
-            _table(runs, {name: row for name, row in figures.items() if name.startswith("eval/")}),
+            _table(runs, {name: row for name, row in figures.items() if name.startswith("eval/")}, judged=True),
             "<h2>What they took</h2>",
-            _table(runs, _rows(run.costs for run in runs), judged=False),
+            _table(runs, _rows(run.costs for run in runs)),
             "<h2>Curves</h2>",
             '<p><small>Thin: training. With dots: held out.</small></p><div class="curves">',
-            *(_curve(quantity, runs) for quantity in _quantities(runs)),
+            *(_curve(place, quantity, runs) for place, quantity in enumerate(_quantities(runs))),
             "</div>",
             f"<h2>Settings{' that differ' if len(runs) > 1 else ''}</h2>",
-            _table(runs, differing, judged=False) if differing else "<p>None.</p>",
+            _table(runs, differing, said=_exactly) if differing else "<p>None.</p>",
             *(
-                ["<details><summary>What they share</summary>", _table(runs[:1], shared, judged=False), "</details>"]
+                ["<details><summary>What they share</summary>", _table(runs[:1], shared, said=_exactly), "</details>"]
                 if shared
                 else []
             ),
             "<h2>Last figures of training</h2>",
-            _table(runs, {name: row for name, row in figures.items() if name.startswith("train/")}, judged=False),
+            _table(runs, {name: row for name, row in figures.items() if name.startswith("train/")}),
             "<h2>Versions and devices</h2>",
-            _table(runs, _rows(_machine(run) for run in runs), judged=False),
+            _table(runs, _rows(_machine(run) for run in runs)),
             "</body></html>",
             "",
         ]
@@ -163,7 +169,7 @@ def _rows(columns: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def _settings(runs: Sequence[Logged]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """The keys whose values differ, and the others."""
     rows = _rows(run.config for run in runs)
-    differ = {key: row for key, row in rows.items() if len(runs) == 1 or any(value != row[0] for value in row)}
+    differ = {key: row for key, row in rows.items() if len(runs) == 1 or len(set(map(repr, row))) > 1}
     return differ, {key: row[:1] for key, row in rows.items() if key not in differ}
 
 
@@ -172,16 +178,24 @@ def _machine(run: Logged) -> dict[str, Any]:
     return {"devices": f"{len(devices)} x {devices[0]}" if devices else None} | run.results.get("versions", {})
 
 
-def _table(runs: Sequence[Logged], rows: Mapping[str, Sequence[Any]], *, judged: bool = True) -> str:
-    """A row a name, a column a run; where figures are judged, the best of a row is bold."""
+def _table(
+    runs: Sequence[Logged],
+    rows: Mapping[str, Sequence[Any]],
+    *,
+    said: Callable[[Any], str] | None = None,
+    judged: bool = False,
+) -> str:
+    """A row a name, a column a run, each value as it is `said`; where figures are judged, the best of a row is bold."""
+    said = said or _shortly
     if not rows:
         return "<p>None yet.</p>"
     heads = "".join(f"<th>{_line(place)}{escape(run.name)}</th>" for place, run in enumerate(runs))
     lines = []
     for name, row in rows.items():
-        best = _best(name, row) if judged and len(runs) > 1 else None
+        best = _best(name, row, runs) if judged and len(runs) > 1 else None
         cells = "".join(
-            f'<td class="{"number" if _is_number(value) else ""}{" best" if place == best else ""}">{_said(value)}</td>'
+            f'<td class="{"number" if _is_number(value) else ""}{" best" if place == best else ""}"'
+            f' title="{_exactly(value)}">{said(value)}</td>'
             for place, value in enumerate(row)
         )
         lines.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
@@ -189,12 +203,14 @@ def _table(runs: Sequence[Logged], rows: Mapping[str, Sequence[Any]], *, judged:
     return f'<div class="scroll"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _best(name: str, row: Sequence[Any]) -> int | None:
-    """Which run is ahead in a figure; None where two are, or where it cannot be said."""
-    if not KNOWN.fullmatch(name):
+def _best(name: str, row: Sequence[Any], runs: Sequence[Logged]) -> int | None:
+    """Which finished run is ahead in a figure; None where two are, or where it cannot be said."""
+    if not KNOWN.fullmatch(name) or len({run.config.get("objective.name") for run in runs}) > 1:
         return None
     best: int | None = None
     for place, value in enumerate(row):
+        if not runs[place].results:
+            continue
         if _is_number(value) and is_better(name, value, None if best is None else row[best]):
             best = place
     return best if best is not None and list(row).count(row[best]) == 1 else None
@@ -204,7 +220,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _said(value: Any) -> str:
+def _exactly(value: Any) -> str:
+    return "" if value is None else escape(str(value))
+
+
+def _shortly(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -228,8 +248,8 @@ def _quantities(runs: Sequence[Logged]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _curve(quantity: str, runs: Sequence[Logged]) -> str:
-    """One quantity over the steps, of all runs, as SVG."""
+def _curve(number: int, quantity: str, runs: Sequence[Logged]) -> str:
+    """One quantity over the steps, of all runs, as SVG; its number among all curves makes its ids its own."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -245,5 +265,4 @@ def _curve(quantity: str, runs: Sequence[Logged]) -> str:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": quantity}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
-    own = re.sub(r"[^a-z0-9]", "-", quantity.lower())  # ids are one page's, not one picture's
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", svg[svg.index("<svg") :])
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>curve-{number}-", svg[svg.index("<svg") :])

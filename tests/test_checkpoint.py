@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxptm import checkpoint
 from jaxptm.checkpoint import Checkpoints, is_better
+from jaxptm.checksums import damage_of
 from jaxptm.types import JaxptmError, TrainState
 
 
@@ -171,6 +172,12 @@ def test_a_damaged_newest_checkpoint_falls_back_and_is_replaced(
     assert (tmp_path / "2.damaged").is_dir()
 
 
+@pytest.mark.parametrize("list_of", ["[]", "null", "{}"])
+def test_a_list_of_checksums_that_names_no_file_is_damage(list_of: str, tmp_path: Path) -> None:
+    (tmp_path / "checksums.json").write_text(list_of)
+    assert damage_of(tmp_path) == "checksums.json names no files"
+
+
 def test_when_every_checkpoint_is_damaged_nothing_restarts_silently(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(1), None, {})
@@ -178,6 +185,8 @@ def test_when_every_checkpoint_is_damaged_nothing_restarts_silently(tmp_path: Pa
         truncate(tmp_path / "1" / "meta" / "metadata")
         with pytest.raises(JaxptmError, match=r"every checkpoint is damaged \(steps 1\)"):
             checkpoints.restore(blank(make_state(0)))
+        with pytest.raises(JaxptmError, match=r"1: is damaged; name another step, or restore a backup"):
+            checkpoints.restore(blank(make_state(0)), 1)
 
 
 def test_a_checkpoint_of_another_model_names_the_leaves(tmp_path: Path) -> None:

@@ -481,7 +481,7 @@ def test_unknown_tasks(copy: Path) -> None:
         'sequence-classification, token-classification, multiple-choice, question-answering (or "auto").'
     )
     edit(copy / "config.json", lambda config: config.update(architectures=["BertLMHeadModel"]))
-    assert "architectures ['BertLMHeadModel'] names no head of bert; pass the task." in refused(copy, "auto")
+    assert "`architectures: ['BertLMHeadModel']` names no head of bert; write there which one" in refused(copy, "auto")
 
 
 def test_a_vocabulary_larger_than_the_model(copy: Path) -> None:

@@ -60,9 +60,10 @@ class Page(HTMLParser):
             self._row[-1] = (self._row[-1][0] + data, self._row[-1][1])
 
 
-def write_run(directory: Path, *, rate: float, loss: float, wer: float, finished: bool = True) -> Path:
+def write_run(directory: Path, *, rate: float, loss: float, wer: float, finished: bool = True, **more: Any) -> Path:
     directory.mkdir()
     config = {"model": "<b>ert & co", "optimizer": {"learning_rate": rate, "frozen": []}, "train": {"steps": 2000}}
+    config |= more
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [
         {"step": 1000, "train/loss": 3.0, "train/learning_rate": rate},
@@ -121,9 +122,47 @@ def test_one_run_has_all_its_settings(tmp_path: Path) -> None:
     assert page.rows["eval/loss"] == [("2.5", False)]
 
 
+def test_what_differs_is_shown_to_the_last_digit(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "one", rate=0.00012345678, loss=2.000001, wer=0.2, flag=True, seed=123456),
+        write_run(tmp_path / "two", rate=0.00012345679, loss=2.000002, wer=0.2, flag=1, seed=123456),
+    ]
+    text = report(runs, tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert [value for value, _ in page.rows["optimizer.learning_rate"]] == ["0.00012345678", "0.00012345679"]
+    assert [value for value, _ in page.rows["flag"]] == ["True", "1"]
+    assert [value for value, _ in page.rows["seed"]] == ["123456"]
+    assert 'title="2.000001"' in text and 'title="2.000002"' in text
+
+
+def test_no_run_is_ahead_of_one_with_another_objective_or_before_its_end(tmp_path: Path) -> None:
+    def best(name: str, objectives: list[str], finished: bool) -> list[bool]:
+        (tmp_path / name).mkdir()
+        runs = [
+            write_run(
+                tmp_path / name / str(at), rate=1, loss=2 - at, wer=1, finished=finished or not at,
+                objective={"name": objective},
+            )
+            for at, objective in enumerate(objectives)
+        ]  # fmt: skip
+        return [best for _, best in Page(report(runs, tmp_path / f"{name}.html").read_text()).rows["eval/loss"]]
+
+    assert best("same", ["ctc", "ctc"], True) == [False, True]
+    assert best("other", ["masked-lm", "ctc"], True) == [False, False]
+    assert best("open", ["ctc", "ctc"], False) == [True, False]
+
+
+def test_names_of_curves_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", rate=1, loss=1, wer=1)
+    lines = [{"step": step, "train/a_b": 1.0, "train/a/b": 2.0} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(report([run], tmp_path / "report.html").read_text())
+    assert len(page.ids) == len(set(page.ids)) and set(page.references) <= set(page.ids)
+
+
 def test_bad_input(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    out.write_text("old")
+    out.write_text("<!doctype html>old")
     names = ("good", "damaged", "torn", "half")
     good, damaged, torn, half = (write_run(tmp_path / name, rate=1, loss=1, wer=1) for name in names)
     (half / "results.json").write_text('{"step": 3}')
@@ -133,6 +172,7 @@ def test_bad_input(tmp_path: Path) -> None:
     for runs, message in (
         ([], "at least one run"),
         ([good, f"{good}/"], "is named twice"),
+        ([good, good / ".." / "good"], "is named twice"),
         ([good, half], "half: config.yaml or results.json is not what a run writes"),
         ([good, tmp_path / "nowhere"], r"nowhere: is no run directory, it holds no config.yaml"),
         ([good, tmp_path / "empty"], r"empty: is no run directory"),
@@ -143,4 +183,16 @@ def test_bad_input(tmp_path: Path) -> None:
             report(runs, out)
     with pytest.raises(JaxptmError, match=r"there is no directory .*absent; make it first"):
         report([good], tmp_path / "absent/report.html")
-    assert out.read_text() == "old"
+    for line in ('{"step": Infinity}', '{"step": 1, "train/loss": null}', '{"step": "7"}', "[]"):
+        (torn / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(JaxptmError, match=r"metrics\.jsonl: line 1 is not a JSON object of numbers with a `step`"):
+            report([torn], out)
+    for versions in (None, "0.10"):
+        (half / "results.json").write_text(json.dumps({"train": {}, "eval": {}, "versions": versions}))
+        with pytest.raises(JaxptmError, match=r"half: config\.yaml or results\.json is not what a run writes"):
+            report([half], out)
+    for taken in (good / "config.yaml", tmp_path / "empty"):
+        with pytest.raises(JaxptmError, match="is there and no page of a report; name another file"):
+            report([good], taken)
+    assert out.read_text() == "<!doctype html>old"
+    assert (good / "config.yaml").read_text().startswith("model:")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxptm.hf.flax import read_flax, torch_name
 from jaxptm.types import JaxptmError
+from jaxptm.writing import whole_directory, whole_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,6 +29,7 @@ TOKENIZER_FILES = (
 )
 POOLING_FILES = ("modules.json", "sentence_*_config.json", "*_Pooling/config.json")
 """How sentence-transformers makes one vector of a text."""
+GENERATION_FILES = ("generation_config.json",)
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """What is done to audio before a model hears it."""
 WEIGHTS = tuple(
@@ -35,6 +38,8 @@ WEIGHTS = tuple(
     for suffix in ("", ".index.json")
 )
 """In the order in which they are looked for; a pickle comes last."""
+SHARDS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+"""Names of files that a model is written to, as a regular expression."""
 
 
 def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -105,7 +110,10 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
                 raise JaxptmError(
                     f"{file}: names the shard {shard}, which is not there; download the checkpoint again."
                 )
-            tensors.update(_read_file(directory / shard))
+            part = _read_file(directory / shard)
+            if twice := sorted(set(part) & set(tensors)):
+                raise JaxptmError(f"{directory / shard}: {', '.join(twice[:5])}: is in another shard, too.")
+            tensors |= part
         lost = sorted(set(shards) - set(tensors))
         if lost:
             raise JaxptmError(f"{file}: its shards lack {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}.")
@@ -113,17 +121,40 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     raise JaxptmError(f"{directory}: holds no weights; expected one of {', '.join(WEIGHTS)}.")
 
 
-def write_model(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, max_shard_bytes: int = 5 * 10**9
-) -> None:
-    """Writes config.json and safetensors, in shards with an index where they pass `max_shard_bytes`.
-
-    A model that was there before is replaced once the new one is on the disk.
+@contextmanager
+def model_directory(directory: Path) -> Iterator[Path]:
+    """A folder to write a model to, which is in `directory` once it is whole, in place of one that was there.
 
     Raises:
         JaxptmError: the directory cannot be written, for instance because the disk is full.
     """
     from safetensors import SafetensorError
+
+    try:
+        with whole_directory(directory, replaces=SHARDS) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        raise JaxptmError(f"{directory}: the model cannot be written: {error}.") from error
+
+
+def write_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    companions: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes config.json and safetensors, in shards with an index where they pass `max_shard_bytes`.
+
+    A model that was there before is replaced once the new one is on the disk.
+
+    Args:
+        companions: writes to the folder that it is given what belongs beside the weights.
+
+    Raises:
+        JaxptmError: the directory cannot be written, for instance because the disk is full.
+    """
     from safetensors.numpy import save_file
 
     shards: list[dict[str, np.ndarray]] = [{}]
@@ -137,47 +168,35 @@ def write_model(
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with model_directory(directory) as folder:
         for file, shard in zip(names, shards, strict=True):
-            save_file(shard, directory / f"{file}.partial", metadata={"format": "pt"})
-        for stale in directory.glob("model*.safetensors*"):
-            if stale.suffix != ".partial":
-                stale.unlink()
-        for file in names:
-            (directory / f"{file}.partial").replace(directory / file)
+            save_file(shard, folder / file, metadata={"format": "pt"})
         if len(shards) > 1:
             index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             total = sum(tensor.nbytes for tensor in tensors.values())
             content = {"metadata": {"total_size": total}, "weight_map": index}
-            write_json(directory / "model.safetensors.index.json", content)
-        write_json(directory / "config.json", config)
-    except (OSError, SafetensorError) as error:
-        raise JaxptmError(f"{directory}: the model cannot be written: {error}.") from error
+            write_json(folder / "model.safetensors.index.json", content)
+        write_json(folder / "config.json", config)
+        companions(folder)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object so that a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer files that `source` has."""
-    _copy(source, target, TOKENIZER_FILES)
+def copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copies those files of `source` that are named, in folders of the same names."""
+    for file in found(source, patterns):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
 
 
-def copy_processor(source: Path, target: Path) -> None:
-    """Copies what `source` says of the preparation of audio."""
-    _copy(source, target, PROCESSOR_FILES)
-
-
-def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (source / name).exists() and source.resolve() != target.resolve():
-            shutil.copyfile(source / name, target / name)
+def found(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a directory that are named, by patterns."""
+    return [file for pattern in patterns for file in sorted(directory.glob(pattern)) if file.is_file()]
 
 
 def _read_file(file: Path) -> dict[str, np.ndarray]:
@@ -190,6 +209,8 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
 
     try:
         return load_file(file)
+    except AttributeError as error:  # safetensors asks numpy for a type of that name
+        raise JaxptmError(f"{file}: quantised weights are not read: {error}.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise JaxptmError(
             f"{file}: is no complete safetensors file ({error}); it may be truncated, a Git LFS pointer, or foreign. "

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxptm.types import Array, JaxptmError
@@ -97,6 +98,26 @@ class Loaded:
     unused: list[str]
 
 
+def renamed(tensors: Tensors, name: Callable[[str], str], source: str) -> dict[str, np.ndarray]:
+    """The tensors under other names.
+
+    Raises:
+        JaxptmError: two that are not the same come to have one name; one of them would be lost.
+    """
+    by_name: dict[str, str] = {}
+    for theirs in tensors:
+        first = by_name.setdefault(name(theirs), theirs)
+        if not _identical(tensors[first], tensors[theirs]):
+            raise JaxptmError(f"{source}: {first} and {theirs} are both {name(theirs)}, and differ; delete one.")
+    return {modern: tensors[theirs] for modern, theirs in by_name.items()}
+
+
+def _identical(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two tensors are the same to the bit, NaN included."""
+    same_kind = (first.shape, first.dtype) == (second.shape, second.dtype)
+    return first is second or (same_kind and first.tobytes() == second.tobytes())
+
+
 def load(
     table: Table,
     tensors: Tensors,
@@ -115,7 +136,7 @@ def load(
         known: names of theirs that belong to the family's other heads, and are passed over.
 
     Raises:
-        JaxptmError: missing, unexpected and mis-shaped weights, and tied tensors that differ, all at once.
+        JaxptmError: missing, unexpected and mis-shaped weights, integers, and tied tensors that differ, all at once.
     """
     # Of tensors that share their memory, some versions of transformers save one, others the other.
     partners = {original: name for name, original in {**table.tied, **table.dead}.items()}
@@ -136,9 +157,16 @@ def load(
         if theirs.shape != wanted:
             problems.append(f"mis-shaped {row.theirs}: {list(theirs.shape)} in the file, {list(wanted)} in the model")
             continue
+        if not jnp.issubdtype(theirs.dtype, jnp.floating):
+            problems.append(f"no floats  {row.theirs}: {theirs.dtype}, as quantised weights are, which are not read")
+            continue
         params.update(zip(row.paths, row.operation.load(theirs), strict=True))
-    for name, original in table.tied.items():
-        if name in tensors and original in tensors and not np.array_equal(tensors[name], tensors[original]):
+    for name, original in {**table.tied, **table.dead}.items():
+        if name not in tensors or original not in tensors:
+            continue
+        if tensors[name].shape != tensors[original].shape:
+            problems.append(f"mis-shaped {name}: {list(tensors[name].shape)}, and {original} has another shape")
+        elif name in table.tied and not _identical(tensors[name], tensors[original]):
             problems.append(f"untied     {name} differs from {original}, though config.json says they are tied")
     unexpected = sorted(set(tensors) - table.names - known)
     unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in table.ignored)]

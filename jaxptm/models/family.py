@@ -10,6 +10,8 @@ from jaxptm.hf.table import Table
 from jaxptm.nn.model import ModelConfig, PretrainedModule
 from jaxptm.nn.text import TextModel
 
+ALIASES = ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
+"""Keys of config.json that transformers takes for a family's own keys of that meaning (`attribute_map`)."""
 TENSORFLOW_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -62,11 +64,17 @@ class Family:
                 raise ValueError(f"`{key}: {theirs[key]}` is not supported, only {usual!r}")
         fields = {}
         for name in self.config.model_fields:
-            their_key = self._key(name)
-            if their_key is not None and their_key in theirs:
-                fields[name] = self._our_value(name, theirs[their_key])
+            keys = (self._key(name), *([name] if name in ALIASES else []))
+            said = {key: theirs[key] for key in keys if key is not None and key in theirs}
+            if said:
+                (key, value), *others = said.items()
+                if any(other != value for _, other in others):
+                    raise ValueError(f"`{key}: {value}` and `{name}: {theirs[name]}` contradict each other")
+                fields[name] = self._our_value(name, value)
         if theirs.get("id2label"):
             fields["num_labels"] = len(theirs["id2label"])
+        elif theirs.get("num_labels") is not None:
+            fields["num_labels"] = theirs["num_labels"]
         return fields
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:

@@ -41,8 +41,11 @@ def find_original(source: str | Path) -> Path | None:
     return found[0] if found else None
 
 
-def rewrite(checkpoint: Path, directory: Path, part: str = "model") -> None:
+def rewrite(checkpoint: Path, directory: Path, part: str = "model") -> list[str]:
     """Writes a checkpoint that `find_original` found as a Hugging Face directory.
+
+    Returns:
+        What of it is left out, by its names.
 
     Args:
         part: "model", or of an ELECTRA its "generator".
@@ -53,10 +56,9 @@ def rewrite(checkpoint: Path, directory: Path, part: str = "model") -> None:
     if checkpoint.suffix == INDEX:
         from jaxptm.original.google import rewrite_google
 
-        rewrite_google(checkpoint.with_suffix(""), directory, part)
-    else:
-        from jaxptm.original.fairseq import rewrite_fairseq
+        return rewrite_google(checkpoint.with_suffix(""), directory, part)
+    from jaxptm.original.fairseq import rewrite_fairseq
 
-        if part != "model":
-            raise JaxptmError(f"--part {part} is for ELECTRA; {checkpoint} is a checkpoint of fairseq.")
-        rewrite_fairseq(checkpoint, directory)
+    if part != "model":
+        raise JaxptmError(f"--part {part} is for ELECTRA; {checkpoint} is a checkpoint of fairseq.")
+    return rewrite_fairseq(checkpoint, directory)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxptm.hf.files import from_torch, import_torch, write_json, write_model
+from jaxptm.hf.table import renamed
 from jaxptm.types import JaxptmError
 
 log = logging.getLogger("jaxptm")
@@ -94,8 +95,11 @@ UNSUPPORTED = {
     "quantizer_depth": 1,
     "layer_type": "transformer",
     "conv_pos_batch_norm": False,
+    "blank_weight": 0,
 }
 """Settings of fairseq that change what the model computes, and the only value that is computed here."""
+MODELS = ("wav2vec2", "wav2vec_ctc")
+"""What fairseq calls them, as `_name` or as `arch`."""
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 """The first symbols of a head. fairseq calls the blank <s> and swaps it with <pad>; transformers calls it <pad>."""
 
@@ -104,7 +108,7 @@ class Dictionary:
     """Stands in for `fairseq.data.dictionary.Dictionary`, which fine-tuned checkpoints carry along: it does nothing."""
 
 
-def rewrite_fairseq(checkpoint: Path, directory: Path) -> None:
+def rewrite_fairseq(checkpoint: Path, directory: Path) -> list[str]:
     """Writes a checkpoint as a Hugging Face directory; see `jaxptm.original.rewrite`.
 
     Of a model fine-tuned with CTC the letters are read from `dict.ltr.txt` beside it (`ltr` is its task's `labels`).
@@ -121,8 +125,13 @@ def rewrite_fairseq(checkpoint: Path, directory: Path) -> None:
                 "installed, put there the `cfg` of the pre-trained checkpoint that `w2v_path` names, and save it again."
             )
         model = _plain(pre_trained.get("model", pre_trained)) | _overridden(settings)
-    tensors = {_hf_name(name): from_torch(tensor.detach()) for name, tensor in content["model"].items()}
+    arrays = {name: from_torch(tensor.detach()) for name, tensor in content["model"].items()}
+    tensors = renamed(arrays, _hf_name, str(checkpoint))
+    _refuse_other_models(settings, checkpoint)
     config = _config(DEFAULTS | model, tensors, checkpoint)
+    # A pre-training always hides what it predicts, a fine-tuning where it says so (`Wav2Vec2AsrConfig.apply_mask`).
+    hides = model.get("mask_prob", 0.65) or model.get("mask_channel_prob", 0)
+    config["apply_spec_augment"] = bool(hides and (not tuned or settings.get("apply_mask", False)))
     config["architectures"] = ["Wav2Vec2ForCTC" if tuned else "Wav2Vec2ForPreTraining"]
     if tuned:
         if "lm_head.weight" not in tensors:
@@ -149,6 +158,7 @@ def rewrite_fairseq(checkpoint: Path, directory: Path) -> None:
         _write_vocabulary(
             checkpoint.parent / f"dict.{task.get('labels') or 'ltr'}.txt", directory, config["vocab_size"]
         )
+    return sorted(set(content) - {"model", "cfg", "args"})
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -208,6 +218,16 @@ def _hf_name(name: str) -> str:
         if count:
             break
     return name
+
+
+def _refuse_other_models(settings: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises JaxptmError where the outer settings, of the pre-training or of the head, are of something else."""
+    kind = settings.get("_name") or settings.get("arch") or MODELS[0]
+    if kind not in MODELS:
+        raise JaxptmError(f"{checkpoint}: is a {kind}; of fairseq's models {' and '.join(MODELS)} are read.")
+    for key, usual in UNSUPPORTED.items():
+        if settings.get(key, usual) != usual:
+            raise JaxptmError(f"{checkpoint}: `{key}: {settings[key]}` is not supported, only {usual!r}.")
 
 
 def _config(model: Mapping[str, Any], tensors: Mapping[str, np.ndarray], checkpoint: Path) -> dict[str, Any]:
@@ -275,4 +295,6 @@ def _write_vocabulary(path: Path, directory: Path, symbols: int) -> None:
             f"{path}: has {len(letters)} letters, which with {len(SPECIAL)} special ones make {found}; the "
             f"head has {symbols} outputs."
         )
+    if twice := sorted({letter for letter in letters if letters.count(letter) > 1 or letter in SPECIAL}):
+        raise JaxptmError(f"{path}: has {', '.join(twice)} twice, so that an output would have no letter.")
     write_json(directory / "vocab.json", {symbol: index for index, symbol in enumerate([*SPECIAL, *letters])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.hf.files import read_json, write_model
+from jaxptm.hf.table import renamed
 from jaxptm.original.tensor_bundle import Entry, read_entries, read_tensors
 from jaxptm.types import JaxptmError
 
@@ -47,7 +49,7 @@ HEAD_WIDTH = 64
 """Of ELECTRA small, base and large (util/training_utils.py); no file of a checkpoint says it."""
 
 
-def rewrite_google(prefix: Path, directory: Path, part: str) -> None:
+def rewrite_google(prefix: Path, directory: Path, part: str) -> list[str]:
     """Writes `prefix`.index and `prefix`.data-... as a Hugging Face directory; see `jaxptm.original.rewrite`.
 
     Beside a BERT lies its bert_config.json. An ELECTRA's sizes are those of its tensors.
@@ -61,11 +63,13 @@ def rewrite_google(prefix: Path, directory: Path, part: str) -> None:
         wanted = _part_of_electra(wanted, part, prefix)
     elif not any(name.startswith("bert/") for name in wanted):
         raise JaxptmError(f"{prefix}: is neither a BERT nor an ELECTRA; it holds {', '.join(sorted(wanted)[:5])} ...")
-    tensors = {
-        hf_name(name): array.T if name.endswith("/kernel") else array
+    arrays = {
+        name: array.T if name.endswith("/kernel") else array
         for name, array in read_tensors(prefix, wanted, shards).items()
     }
-    tensors = {_renamed_for_electra(name): array for name, array in tensors.items()} if electra else tensors
+    tensors = renamed(arrays, hf_name, str(prefix))
+    if electra:
+        tensors = renamed(tensors, _renamed_for_electra, str(prefix))
     try:
         config = _electra_config(tensors, part) if electra else _bert_config(tensors, prefix)
     except KeyError as error:
@@ -75,6 +79,7 @@ def rewrite_google(prefix: Path, directory: Path, part: str) -> None:
         heads = config["num_attention_heads"]
         log.warning("%s: %d attention heads are assumed, of width %d; no file says it.", prefix, heads, HEAD_WIDTH)
     _write_tokenizer(prefix.parent / "vocab.txt", directory, config["vocab_size"])
+    return sorted(set(entries) - set(wanted))
 
 
 def hf_name(name: str) -> str:
@@ -99,6 +104,9 @@ def _write_tokenizer(vocabulary: Path, directory: Path, size: int) -> None:
         log.warning("%s: is not there; the model comes without a tokenizer.", vocabulary)
         return
     tokenizer = load_tokenizer(vocabulary)
+    lines = vocabulary.read_text(encoding="utf-8").split("\n")
+    if twice := sorted({line for line, count in Counter(lines).items() if count > 1 and line}):
+        raise JaxptmError(f"{vocabulary}: has {', '.join(map(repr, twice[:5]))} twice, so that an entry would be lost.")
     if len(tokenizer) > size:
         raise JaxptmError(f"{vocabulary}: has {len(tokenizer)} entries, the model {size}; they do not belong together.")
     uncased = is_uncased(tokenizer.get_vocab())

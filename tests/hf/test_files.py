@@ -298,8 +298,7 @@ def test_tokenizer_files_are_copied_and_no_others(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("vocab.txt", "tokenizer.json", "merges.txt", "model.safetensors", "README.md"):
         (source / name).write_text(name)
-    files.copy_tokenizer(source, tmp_path / "target" / "deep")
-    files.copy_tokenizer(source, source)
+    files.copy(source, tmp_path / "target" / "deep", files.TOKENIZER_FILES)
     assert {path.name for path in (tmp_path / "target" / "deep").iterdir()} == {
         "vocab.txt",
         "tokenizer.json",

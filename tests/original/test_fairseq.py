@@ -242,12 +242,32 @@ def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(
     save(tuned | {"cfg": {"model": tuned["cfg"]["model"] | {"w2v_args": None}}}, path)
     refused("its `w2v_args` is empty, so it does not say what its encoder is")
     save(tuned, path)
+    for name, value in (("blank_weight", 5.0), ("_name", "hubert_ctc")):
+        save(tuned | {"cfg": {"model": tuned["cfg"]["model"] | {name: value}}}, path)
+        refused("`blank_weight: 5.0` is not supported" if name == "blank_weight" else "is a hubert_ctc; of fairseq's")
+    body = "w2v_encoder.w2v_model.mask_emb"
+    save(tuned | {"model": tuned["model"] | {"mask_emb": tuned["model"][body] + 1}}, path)
+    refused(r"mask_emb and .*mask_emb are both wav2vec2\.masked_spec_embed, and differ")
+    save(tuned, path)
+    (tmp_path / "dict.ltr.txt").write_text("| 9\nT 8\nT 7\nA 6\nO 5\nN 4\n")
+    refused(r"dict\.ltr\.txt: has T twice, so that an output would have no letter")
     (tmp_path / "dict.ltr.txt").write_text("| 1\n")
     refused(r"dict\.ltr\.txt: has 1 letters, which with 4 special ones make 5; the head has 10 outputs")
+    save(tuned | {"criterion": {}, "last_optimizer_state": {}}, path)
     (tmp_path / "dict.ltr.txt").unlink()
     with caplog.at_level(logging.WARNING, "jaxptm"):
-        convert(str(path), target)
+        model, _ = convert(str(path), target)
     assert "the model comes without its letters" in caplog.text
+    assert {"criterion", "last_optimizer_state"} <= set(model.unused)
+
+
+def test_whether_anything_is_hidden_in_training_is_kept(tmp_path: Path) -> None:
+    for at, (task, changed, hidden) in enumerate(
+        (("contrastive", {}, True), ("contrastive", {"mask_prob": 0.0, "mask_channel_prob": 0.0}, False))
+    ):
+        save(content_of(task, "base", **changed)[0], tmp_path / "w2v.pt")
+        convert(str(tmp_path / "w2v.pt"), tmp_path / str(at))
+        assert json.loads((tmp_path / str(at) / "config.json").read_text())["apply_spec_augment"] is hidden
 
 
 def test_convolutions_are_read_and_not_run() -> None:

@@ -128,7 +128,11 @@ def test_electra(part: str, tied: bool, tmp_path: Path, caplog: pytest.LogCaptur
     prefix = tmp_path / "electra_small" / "electra_small"
     theirs = electra(prefix, tied=tied, part=part)
     with caplog.at_level(logging.WARNING, "jaxptm"):
-        _, differences = convert(str(prefix), tmp_path / "hf", part=part, checked=True)
+        model, differences = convert(str(prefix), tmp_path / "hf", part=part, checked=True)
+    other = (
+        "electra/encoder/layer_0/output/dense/kernel" if part == "generator" else "generator_predictions/output_bias"
+    )
+    assert other in model.unused and "these of its weights are left out: " in caplog.text
     assert "vocab.txt: is not there; the model comes without a tokenizer" in caplog.text
     assert "attention heads are assumed, of width 64" in caplog.text
     assert differences and max(differences.values()) < 1e-5
@@ -153,6 +157,9 @@ def test_the_vocabulary_of_a_cased_model_and_one_that_belongs_to_another(tmp_pat
     assert tokenizer("Rome rome")["input_ids"] == [2, 66, 1, 3]
     (tmp_path / "google" / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
     with pytest.raises(JaxptmError, match=r"vocab\.txt: has 68 entries, the model 67; they do not belong together"):
+        convert(str(tmp_path / "google"), tmp_path / "again")
+    (tmp_path / "google" / "vocab.txt").write_text("\n".join([*WORDS[:-1], WORDS[7]]))
+    with pytest.raises(JaxptmError, match=rf"vocab\.txt: has '{WORDS[7]}' twice, so that an entry would be lost"):
         convert(str(tmp_path / "google"), tmp_path / "again")
 
 

@@ -1,0 +1,62 @@
+"""What is written is there whole, or what was there before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jaxptm.writing import whole_directory, whole_file, write_atomically
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {file.relative_to(directory).as_posix(): file.read_text() for file in directory.rglob("*") if file.is_file()}
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+
+    def write(text: str, *, breaks: bool = False) -> None:
+        with whole_file(path) as partial:
+            partial.write_text(text)
+            if breaks:
+                raise KeyboardInterrupt
+            assert path.read_text() == "old"
+
+    for before in ({}, {"page.html": "old"}):
+        with pytest.raises(KeyboardInterrupt):
+            write("half", breaks=True)
+        assert content(tmp_path) == before
+        write_atomically(path, "old")
+    write("new")
+    assert content(tmp_path) == {"page.html": "new"}
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_atomically(tmp_path / "taken", "text")
+    assert content(tmp_path) == {"page.html": "new"}
+
+
+def test_a_directory_is_filled_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+
+    def fill(text: str, *names: str, breaks: bool = False) -> None:
+        with whole_directory(target, replaces=r"part-\d") as folder:
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
+            if breaks:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill("half", "part-1", "params/a", breaks=True)
+    assert not target.exists()
+    fill("old", "part-1", "part-2", "params/a", "params/b")
+    (target / "part-ema").write_text("stays")
+    before = content(target)
+    with pytest.raises(KeyboardInterrupt):
+        fill("half", "part-1", "params/c", breaks=True)
+    assert content(target) == before
+    (target / ".partial").mkdir()  # as a killed process leaves it
+    (target / ".partial" / "part-9").write_text("half")
+    fill("new", "part-3", "params/c")
+    assert content(target) == {"part-ema": "stays", "part-3": "new", "params/c": "new"}
