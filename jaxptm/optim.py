@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -79,7 +80,7 @@ def apply_updates(params: Params, updates: Params, key: Array) -> Params:
 
     def add(leaf: Any, update: Any, key: Array) -> Array:
         value = leaf.astype(jnp.float32) + update
-        return _round_at_random(value, key) if leaf.dtype == jnp.bfloat16 else value
+        return _round_at_random(value, key) if leaf.dtype == jnp.bfloat16 else value.astype(leaf.dtype)
 
     return jax.tree.unflatten(tree, map(add, leaves, jax.tree.leaves(updates), keys))
 
@@ -121,7 +122,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         JaxptmError: the warmup leaves no step to decay in, or `inverse_sqrt` has none.
     """
     peak = config.learning_rate
-    warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * steps)
+    warmup = config.warmup if isinstance(config.warmup, int) else math.ceil(config.warmup * steps)
     held = warmup + round(TRI_STAGE_HOLD * steps) if config.schedule == "tri_stage" else warmup
     if config.schedule in ("linear", "bert_linear", "electra_linear", "cosine", "tri_stage") and held >= steps:
         raise JaxptmError(
@@ -192,7 +193,7 @@ def layer_factors(params: Params, decay: float, form: Literal["paper", "code"]) 
 
     def factor(path: str) -> float:
         match path.split("/"):
-            case ["embeddings" | "embeddings_project", *_]:
+            case ["embeddings" | "embeddings_project" | "mask_embedding", *_]:
                 return decay ** (depth + 1 + extra)
             case ["encoder", name, *_] if name.startswith("layer_"):
                 return decay ** (depth - int(name.removeprefix("layer_")) + extra)

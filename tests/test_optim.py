@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
+import transformers
 
 from jaxptm.config import OptimizerConfig
 from jaxptm.models.params import stacked
@@ -390,3 +393,22 @@ def test_what_is_below_the_heads_begins_without_moments(share: float) -> None:
 def test_heads_that_learn_alone_to_the_end_are_refused() -> None:
     with pytest.raises(JaxptmError, match=r"optimizer\.head_first is 20 updates, and the run has 20"):
         optimizer(config(head_first=STEPS), STEPS, with_head(tree(0), 1))
+
+
+@pytest.mark.parametrize(("steps", "share"), [(10, 0.05), (1000, 0.1), (333, 0.06)])
+def test_a_share_of_warmup_is_rounded_as_transformers_rounds_it(steps: int, share: float) -> None:
+    expected = transformers.TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=share), steps)
+    rates = jax.vmap(schedule(config(schedule="constant", warmup=share), steps))(jnp.arange(steps))
+    assert int(np.argmax(rates)) == expected
+
+
+def test_the_embedding_of_masks_learns_as_slowly_as_the_embeddings() -> None:
+    params = {name: {"embedding": jnp.zeros(1)} for name in ("embeddings", "mask_embedding")}
+    params |= {"encoder": {"layer_0": {"bias": jnp.zeros(1)}}}
+    factors = layer_factors(params, 0.5, "paper")
+    assert factors["mask_embedding"] == factors["embeddings"] == {"embedding": 0.25}
+
+
+def test_parameters_keep_their_type() -> None:
+    params = {"bias": jnp.ones(3, jnp.float16)}
+    assert apply_updates(params, {"bias": jnp.ones(3)}, jax.random.key(0))["bias"].dtype == jnp.float16

@@ -46,7 +46,7 @@ class LoopConfig(Config):
     batch_size: Positive
     """Rows an optimizer step, over all devices and microbatches."""
     accumulate: Positive = 1
-    """Microbatches a step; the result does not depend on it."""
+    """Microbatches a step; the result does not depend on it, but for rounding and the draws of dropout."""
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Positive = 10
     eval_every: Positive | Literal["epoch"] = 1000
@@ -78,7 +78,11 @@ class LoopConfig(Config):
 
 
 class ParallelConfig(Config):
-    """How the step is laid out over devices. Results do not depend on it, but for rounding."""
+    """How the step is laid out over devices.
+
+    Results do not depend on it, but for rounding, the draws of dropout, and the diversity of wav2vec 2.0's codebooks,
+    which is that of a device's rows.
+    """
 
     mode: Literal["jit", "pmap"] = "jit"
     """`pmap`: the same step, mapped over devices that each hold all parameters."""

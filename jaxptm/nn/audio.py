@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.convolution import grouped_convolution
-from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, Norm, Transformer, layer_norm, linear, visible_keys
+from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, Norm, Transformer, layer_norm, linear, spread, visible_keys
 from jaxptm.nn.heads import Classifier, ContrastiveHead, FrameClassifier
 from jaxptm.nn.model import PretrainedModule
 from jaxptm.types import Array
@@ -21,6 +22,26 @@ from jaxptm.types import Array
 TASKS = ("ctc", "sequence-classification", "contrastive")
 CONV_NORM_EPS = 1e-5
 """Of the norms between convolutions, whatever the config's epsilon is."""
+
+
+class Convolution(nn.Module):
+    """conv(x) + b over time, without padding."""
+
+    taps: int
+    features: int
+    stride: int
+    use_bias: bool
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B F E2"]:
+        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        dtype, shape = self.execution.param_dtype, (self.taps, x.shape[-1], self.features)
+        kernel = self.param("kernel", init, shape, dtype).astype(x.dtype)
+        y = jax.lax.conv_general_dilated(x, kernel, (self.stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        if not self.use_bias:
+            return y
+        return y + spread(self.param("bias", nn.initializers.zeros, (self.features,), dtype), y)
 
 
 class ConvLayer(nn.Module):
@@ -34,17 +55,8 @@ class ConvLayer(nn.Module):
     def __call__(self, x: Float[Array, "B L E"], lengths: Int[Array, " B"] | None = None) -> Float[Array, "B F E2"]:
         """`lengths`, which the group norm counts alone, are those of `x`; default all of it."""
         config, execution = self.config, self.execution
-        x = nn.Conv(
-            config.conv_dim[self.index],
-            (config.conv_kernel[self.index],),
-            (config.conv_stride[self.index],),
-            padding="VALID",
-            use_bias=config.conv_bias,
-            dtype=execution.dtype,
-            param_dtype=execution.param_dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
-            name="conv",
-        )(x)
+        sizes = config.conv_kernel[self.index], config.conv_dim[self.index]
+        x = Convolution(*sizes, config.conv_stride[self.index], config.conv_bias, execution, name="conv")(x)
         options: dict[str, Any] = {"dtype": execution.dtype, "param_dtype": execution.param_dtype, "name": "norm"}
         if config.feat_extract_norm == "layer":
             x = Norm(CONV_NORM_EPS, **options)(x)
@@ -98,8 +110,8 @@ class ConvPositions(nn.Module):
         scale = self.param("scale", lambda _: norm.astype(dtype))
         bias = self.param("bias", nn.initializers.zeros, (width,), dtype)
         kernel = (direction * (scale / norm)[:, None, None]).astype(self.execution.dtype)
-        out = grouped_convolution(x, kernel, groups) + bias.astype(self.execution.dtype)[None, None]
-        return ACTIVATIONS[self.config.feat_extract_activation](out)
+        out = grouped_convolution(x, kernel, groups)
+        return ACTIVATIONS[self.config.feat_extract_activation](out + spread(bias, out))
 
 
 class Frames(NamedTuple):
@@ -137,7 +149,7 @@ class AudioEmbeddings(nn.Module):
         x = linear(execution, config.hidden_size, "feature_projection")(extracted)
         x = Dropout(config.feat_proj_dropout)(x, train=train)
         if mask_time_indices is not None and mask_embedding is not None:
-            x = jnp.where(mask_time_indices[..., None], mask_embedding.astype(x.dtype)[None, None], x)
+            x = jnp.where(mask_time_indices[..., None], spread(mask_embedding, x), x)
         if mask_feature_indices is not None:
             x = jnp.where(mask_feature_indices[:, None], 0, x)
         if real is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, TransformerConfig, dense, layer_norm, linear
+from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, TransformerConfig, dense, layer_norm, linear, logits, spread
 from jaxptm.nn.quantizer import GumbelQuantizer, perplexity
 from jaxptm.types import Array
 
@@ -70,8 +70,8 @@ class MlmHead(LmHead):
         x = dense(self.config, self.execution, self.width, "dense")(hidden)
         x = layer_norm(self.config, self.execution, "norm")(ACTIVATIONS[self.activation](x))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,), self.execution.param_dtype)
-        logits = self.logits(x, table)
-        return logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
+        products = self.logits(x, table)
+        return products + spread(bias, products)
 
 
 class CausalLmHead(LmHead):
@@ -92,7 +92,7 @@ class ReplacedTokenHead(nn.Module):
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L"]:
         x = dense(self.config, self.execution, self.config.hidden_size, "dense")(hidden)
         x = ACTIVATIONS[self.config.hidden_act](x)
-        return dense(self.config, self.execution, 1, "output")(x)[..., 0].astype(jnp.float32)
+        return logits(self.config, self.execution, 1, "output")(x)[..., 0]
 
 
 class CopyHead(nn.Module):
@@ -103,7 +103,7 @@ class CopyHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L"]:
-        return dense(self.config, self.execution, 1, "output")(hidden)[..., 0].astype(jnp.float32)
+        return logits(self.config, self.execution, 1, "output")(hidden)[..., 0]
 
 
 class Classifier(nn.Module):
@@ -118,7 +118,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, hidden: Float[Array, "*R D"], *, train: bool) -> Float[Array, "*R K"]:
         x = Dropout(self.dropout)(hidden, train=train)
-        return dense(self.config, self.execution, self.labels, "dense", use_bias=self.use_bias)(x).astype(jnp.float32)
+        return logits(self.config, self.execution, self.labels, "dense", use_bias=self.use_bias)(x)
 
 
 class FrameClassifier(nn.Module):
@@ -148,7 +148,7 @@ class FrameClassifier(nn.Module):
         counted = jnp.ones((*x.shape[:2], 1)) if real is None else real[..., None].astype(jnp.float32)
         # A row of nothing but padding has the mean 0, so that it counts nothing and breaks nothing.
         mean = jnp.sum(x * counted, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1.0)
-        return dense(self.config, self.execution, self.labels, "dense")(mean).astype(jnp.float32)
+        return logits(self.config, self.execution, self.labels, "dense")(mean)
 
 
 class ContrastiveHead(nn.Module):

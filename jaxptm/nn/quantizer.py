@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from jaxptm.nn.core import Execution
+from jaxptm.nn.core import Dense, Execution
 from jaxptm.types import Array, Mean
 
 
@@ -63,11 +63,10 @@ class GumbelQuantizer(nn.Module):
             noise: standard Gumbel; drawn from the rng `gumbel` in training where it is not given.
             train: choose with noise, and let gradients through.
         """
-        logits = nn.Dense(
+        logits = Dense(
             self.groups * self.entries,
-            dtype=jnp.float32,
+            nn.initializers.normal(1.0),
             param_dtype=self.execution.param_dtype,
-            kernel_init=nn.initializers.normal(1.0),
             name="logits",
         )(features)
         logits = logits.reshape(*features.shape[:2], self.groups, self.entries)

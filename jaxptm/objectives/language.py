@@ -47,6 +47,8 @@ def masked_language_model(
             max_predictions=slots,
             mask_id=mask_id,
             vocab_size=module.config.vocab_size,
+            # A padding id in the middle of a row would move all positions behind it.
+            never_id=module.config.pad_token_id if module.config.counts_tokens else None,
         )
         out = module.apply(
             {"params": params},

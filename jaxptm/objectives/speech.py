@@ -57,7 +57,7 @@ def contrastive(config: ContrastiveConfig, module: AudioModel) -> Objective:
             target_weights=masked.weights,
             gumbel_noise=noise,
             temperature=jnp.maximum(
-                config.temperature * config.temperature_decay ** jnp.asarray(step, jnp.float32),
+                config.temperature * jnp.exp(step * math.log(config.temperature_decay)),
                 config.last_temperature,
             ),
             train=train,
@@ -228,7 +228,8 @@ def _gradient_scaled(params: Params, factor: float) -> Params:
         return params
 
     def scaled(x: Float[Array, ...]) -> Float[Array, ...]:
-        return factor * x + jax.lax.stop_gradient((1 - factor) * x)
+        fixed = jax.lax.stop_gradient(x)
+        return fixed + factor * (x - fixed)  # x to the bit, in any type
 
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(

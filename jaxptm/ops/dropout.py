@@ -86,7 +86,7 @@ def kept_at(before: UInt32[Array, ...], along: UInt32[Array, ...], rate: float) 
     """
     mixed = (before ^ along) * jnp.uint32(0x7FEB352D)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B)
-    return mixed < jnp.uint32(math.ceil((1 - rate) * 2**32))
+    return mixed < jnp.uint32(min(math.ceil((1 - rate) * 2**32), 2**32 - 1))
 
 
 def _hash(x: UInt32[Array, ...]) -> UInt32[Array, ...]:

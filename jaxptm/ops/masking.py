@@ -52,6 +52,7 @@ def mask_tokens(
     max_predictions: int,
     mask_id: int,
     vocab_size: int,
+    never_id: int | None = None,
 ) -> Masked:
     """Chooses the tokens to predict and hides them: 80% become `mask_id`, 10% a random id, 10% stay (BERT section 3.1).
 
@@ -71,6 +72,7 @@ def mask_tokens(
         max_predictions: slots a row, P.
         mask_id: id of the mask token.
         vocab_size: random ids are drawn from [0, vocab_size), special tokens included as in BERT.
+        never_id: the one that is not among them; where it is drawn, the token stays.
     """
     length = input_ids.shape[1]
     counts = jnp.asarray(prediction_counts(length, probability, max_predictions))
@@ -86,6 +88,8 @@ def mask_tokens(
         labels = ids.at[positions].get(mode="fill", fill_value=0)
         fate = jax.random.uniform(fate_key, labels.shape)
         random_ids = jax.random.randint(random_key, labels.shape, 0, vocab_size, labels.dtype)
+        if never_id is not None:
+            random_ids = jnp.where(random_ids == never_id, labels, random_ids)
         shown = jnp.where(fate < 0.8, mask_id, jnp.where(fate < 0.9, random_ids, labels))
         hidden = ids.at[positions].set(shown.astype(ids.dtype), mode="drop")
         return hidden, jnp.where(filled, positions, 0), labels, filled.astype(jnp.float32)

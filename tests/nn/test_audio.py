@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxptm.models.params import abstract_params
-from jaxptm.nn.audio import AudioModel, ConvPositions, FeatureEncoder, forward_flops
+from jaxptm.nn.audio import AudioModel, Convolution, ConvPositions, FeatureEncoder, forward_flops
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.convolution import grouped_convolution
 from jaxptm.nn.core import Execution, Transformer, stack_layers
@@ -412,3 +412,16 @@ def test_groups_convolve_alike_together_and_one_by_one(taps: int) -> None:
         np.testing.assert_allclose(out, expected.detach(), atol=1e-5)
         np.testing.assert_allclose(of_x, given[0].grad, atol=1e-5)
         np.testing.assert_allclose(of_kernel.T, given[1].grad, atol=1e-5)
+
+
+def test_gradients_of_biases_are_summed_in_float32() -> None:
+    """16,384 frames with a slope of 1 make 16,384; added up in bfloat16 they stop long before."""
+    execution, x = Execution(dtype=jnp.bfloat16), jnp.zeros((8, 2048, 32), jnp.bfloat16)
+    for layer in (Convolution(1, 32, 1, True, execution), ConvPositions(SMALL, execution)):
+        params = layer.init(jax.random.key(0), x)["params"]
+        params["bias"] = jnp.full(32, 8.0)  # where the activation is x
+
+        def total(params: Any, layer: Any = layer) -> Any:
+            return jnp.sum(layer.apply({"params": params}, x).astype(jnp.float32))
+
+        np.testing.assert_array_equal(jax.jit(jax.grad(total))(params)["bias"], np.full(32, 8 * 2048))

@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from jaxptm.models.bert import BertConfig
 from jaxptm.models.params import initialise
 from jaxptm.nn.core import (
+    ACTIVATIONS,
     Attention,
+    Dense,
     Execution,
     Transformer,
     TransformerConfig,
     layer_norm,
+    linear,
+    spread,
     stack_layers,
     unstack_layers,
     visible_keys,
@@ -315,3 +319,42 @@ def test_norms_keep_their_digits_where_the_mean_is_large() -> None:
 def test_configs_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**fields)
+
+
+def test_gradients_of_biases_are_summed_in_float32() -> None:
+    """16,384 ones make 16,384; added up in bfloat16 they stop where one more is below half of a last digit."""
+    x = jnp.zeros((64, 256, 8), jnp.bfloat16)
+    layer = linear(Execution(dtype=jnp.bfloat16), 4, "layer")
+    params = layer.init(key(0), x)["params"]
+
+    def total(params: Params) -> Any:
+        return jnp.sum(layer.apply({"params": params}, x).astype(jnp.float32))
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(params)["bias"], np.full(4, 64 * 256))
+    drawn = jax.random.normal(key(1), x.shape, jnp.bfloat16) + 1
+    vector = jnp.zeros(8)
+    gradient = jax.jit(jax.grad(lambda vector: jnp.sum(spread(vector, drawn) * drawn)))(vector)
+    np.testing.assert_allclose(gradient, np.asarray(drawn, np.float64).sum(axis=(0, 1)), rtol=1e-5)
+
+
+def test_a_dense_layer_is_that_of_flax() -> None:
+    import flax.linen as nn
+
+    x = jax.random.normal(key(0), (3, 5, 8))
+    for use_bias in (True, False):
+        init = nn.initializers.truncated_normal(0.02)
+        ours, theirs = Dense(4, init, use_bias, name="layer"), nn.Dense(4, use_bias, kernel_init=init, name="layer")
+        params = ours.init(key(1), x)
+        oracle.assert_equal(params["params"], theirs.init(key(1), x)["params"])
+        np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_in_half_precision_are_rounded_once(name: str) -> None:
+    x = jnp.linspace(-12, 12, 4001, dtype=jnp.bfloat16)
+    wide = x.astype(jnp.float32)
+    activation = ACTIVATIONS[name]
+    slope = jax.vmap(jax.grad(lambda x: activation(x).astype(jnp.float32)))
+    for ours, expected in ((activation(x), activation(wide)), (slope(x), slope(wide))):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, expected.astype(jnp.bfloat16))

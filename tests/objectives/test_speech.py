@@ -13,6 +13,7 @@ import speech
 import torch
 
 from jaxptm.config import ContrastiveConfig, CtcConfig
+from jaxptm.objectives import speech as objectives
 from jaxptm.objectives.finetune import sequence_classification
 from jaxptm.objectives.speech import collapse, contrastive, ctc
 from jaxptm.ops.contrastive import draw_negatives, mask_frames
@@ -196,3 +197,13 @@ def test_short_rows_of_which_too_much_is_hidden_are_named(tmp_path: Path) -> Non
     assert alarm(mask_probability=0.0) == (0.0, None)
     share, said = alarm(mask_probability=0.6, mask_length=2)
     assert 0 < share < 0.6 and said is None
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights_whose_gradient_is_scaled_stay_to_the_bit(dtype: Any) -> None:
+    params = {"embeddings": {"feature_encoder": {"kernel": jax.random.normal(jax.random.key(0), (999,), dtype)}}}
+    scaled = jax.jit(lambda params: objectives._gradient_scaled(params, 0.1))
+    leaf = params["embeddings"]["feature_encoder"]["kernel"]
+    np.testing.assert_array_equal(scaled(params)["embeddings"]["feature_encoder"]["kernel"], leaf)
+    gradient = jax.grad(lambda p: jnp.sum(scaled(p)["embeddings"]["feature_encoder"]["kernel"].astype(jnp.float32)))
+    np.testing.assert_array_equal(gradient(params)["embeddings"]["feature_encoder"]["kernel"], jnp.asarray(0.1, dtype))

@@ -117,3 +117,8 @@ def test_masks_do_not_depend_on_how_devices_divide_them() -> None:
     divided = draw.lower(jax.random.key(9)).compile()
     assert not any(word in divided.as_text() for word in ("all-gather", "all-reduce", "collective-permute"))
     np.testing.assert_array_equal(draw(jax.random.key(9)), mask(9, 0.3, 4, 6, 8, 8))
+
+
+def test_a_rate_next_to_nothing_keeps_everything() -> None:
+    x = jnp.ones((4, 8))
+    np.testing.assert_array_equal(dropout(x, jax.random.key(0), 1e-12), x)

@@ -478,3 +478,15 @@ def test_no_gradient_passes_through_the_samples() -> None:
         return replace_masked(keys, jnp.array([[2, 7, 3]]), masked, logits, 1.0).astype(jnp.float32).sum()
 
     assert not np.any(jax.grad(value)(jnp.zeros((1, 1, 30))))
+
+
+def test_an_id_that_is_never_drawn_is_not_among_the_random_ones() -> None:
+    """RoBERTa counts positions by its padding, which must not appear in the middle of a row."""
+    ids = jnp.full((200, 60), 3)
+    every = {"word_start": ids > 0, "lengths": jnp.full(200, 60), "strategy": "tokens", "probability": 1.0}
+    keys = jax.random.split(jax.random.key(0), 200)
+    for never in (None, 1):
+        masked = mask_tokens(keys, ids, ids > 0, **every, max_predictions=60, mask_id=4, vocab_size=5, never_id=never)
+        found = np.bincount(np.asarray(masked.input_ids).ravel(), minlength=5) / ids.size
+        assert found[1] == (0 if never else pytest.approx(0.02, abs=0.005))
+        assert found[4] == pytest.approx(0.82, abs=0.02) and found[0] == pytest.approx(0.02, abs=0.005)
