@@ -33,13 +33,13 @@ Overrides = Annotated[
 ]
 
 
-TRAINING = {"train", "glue", "bench"}
-"""Commands that take training steps."""
+COMPUTING = {"train", "glue", "bench", "evaluate", "predict"}
+"""Commands that run a model over and over."""
 
 
 def main() -> None:
     """The entry point `jaxptm`."""
-    if TRAINING & set(sys.argv[1:2]):
+    if COMPUTING & set(sys.argv[1:2]):
         keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxptm").setLevel(logging.INFO)

@@ -90,7 +90,9 @@ def _lost_without_names(model: Model) -> list[str]:
 
 
 def _refuse_to_mix(model: Model, target: Path) -> None:
-    """Raises JaxptmError where files of another model would stay beside this one."""
+    """Raises JaxptmError where files of another model would stay beside this one, or a run would hide behind it."""
+    if (target / "config.yaml").exists() and (target / "checkpoints").exists():
+        raise JaxptmError(f"{target}: is the directory of a run; name another one.")
     every = (*TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES, *GENERATION_FILES)
     there = {file.relative_to(target).as_posix() for file in found(target, every)}
     if model.source is not None:

@@ -12,6 +12,7 @@ from jaxptm.config import AudioData, ParallelConfig, TextData, TrainConfig, dump
 from jaxptm.hosts import exchange, is_main, together
 from jaxptm.storage import Mirror, checkpoint_directory, is_remote, local_directory
 from jaxptm.types import JaxptmError
+from jaxptm.writing import write_atomically
 
 REPORTING = {
     f"train.{key}" for key in ("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep", "export")
@@ -73,10 +74,11 @@ def _claim(directory: Path, checkpoints: Path | Any, config: TrainConfig) -> Non
             raise JaxptmError(
                 "\n".join([f"{checkpoints.parent} belongs to a run with another config; choose another `out`:", *lines])
             )
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("config.yaml.partial")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    partial.replace(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_config(config))
+    except OSError as error:
+        raise JaxptmError(f"out: {directory} cannot be written: {error.strerror}; choose another `out`.") from error
 
 
 def tokenizer_directory(config: TrainConfig) -> Path:

@@ -39,6 +39,8 @@ def evaluate(path: str | Path, config: TrainConfig, predictions: str | Path | No
     """
     config = resolve(config, str(path))
     models = open_models(path, config, dtype=config.train.dtype)
+    for model in models.values():
+        model.refuse_random_heads()
     if len({model.source for model in models.values()}) < len(models):
         raise JaxptmError(
             f"{path}: is one model, and {config.objective.name} is measured with {' and '.join(models)} of a run; give "
@@ -47,6 +49,11 @@ def evaluate(path: str | Path, config: TrainConfig, predictions: str | Path | No
     run = open_run(config, models)
     if not run.held_out:
         raise JaxptmError("nothing is held out: set data.eval_files, data.eval_file or data.eval_fraction.")
+    if predictions is not None and not any(part.write for part in run.held_out.values()):
+        raise JaxptmError(
+            "--predictions: files for an official scorer are those of GLUE's test sets (data.eval_split=test) and of "
+            "SQuAD; what a model says of other data `jaxptm predict` tells."
+        )
     if predictions is None and not any(part.labelled for part in run.held_out.values()):
         raise JaxptmError(
             "data.eval_split: the test set of GLUE has no labels to measure with; ask for its predictions "

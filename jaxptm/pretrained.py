@@ -30,6 +30,8 @@ from jaxptm.types import JaxptmError, Params
 
 log = logging.getLogger("jaxptm")
 
+CLASSIFIERS = ("sequence-classification", "token-classification", "multiple-choice", "question-answering")
+"""Tasks whose heads have names alike, and nothing else."""
 ORBAX_PARAMS = "params"
 """Name of the Orbax folder in a model directory that holds no safetensors."""
 
@@ -58,6 +60,7 @@ class Model:
         hf_config: the config.json it came with; keys that jaxptm does not read are saved again as they were.
         dead: parameters of the source that no output depends on.
         unused: weights of the source that belong to other heads, by their names there.
+        fresh: top-level modules that the source lacks, with random weights.
     """
 
     family: Family
@@ -69,6 +72,18 @@ class Model:
     hf_config: Mapping[str, Any] = field(default_factory=dict)
     dead: Mapping[str, np.ndarray] = field(default_factory=dict)
     unused: Sequence[str] = ()
+    fresh: Sequence[str] = ()
+
+    def refuse_random_heads(self) -> None:
+        """Raises JaxptmError where the model would answer with weights that nothing has trained for its task."""
+        declared = self.hf_config.get("architectures") or []
+        own = self.family.architectures[self.task]
+        lacking = any(name not in KEPT for name in self.fresh)
+        if lacking or (self.task in CLASSIFIERS and declared and own not in declared):
+            raise JaxptmError(
+                f"{self.source}: is a {' or '.join(declared) or 'model without a head'}, which nothing has trained to "
+                f"be a {own}; fine-tune it for that first."
+            )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -331,7 +346,8 @@ def from_pretrained(
         flat |= fresh
     sharding = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = unflatten({path: jax.device_put(jnp.asarray(leaf, param_dtype), sharding) for path, leaf in flat.items()})
-    return Model(family, config, task, module, params, directory, hf_config, loaded.dead, loaded.unused)
+    about = loaded.dead, loaded.unused, loaded.absent
+    return Model(family, config, task, module, params, directory, hf_config, *about)
 
 
 def _stored_type(tensors: Mapping[str, np.ndarray]) -> Any:

@@ -18,7 +18,7 @@ from jaxptm.config import (
     TrainConfig,
 )
 from jaxptm.data.glue import GLUE
-from jaxptm.data.labelled import found_labels
+from jaxptm.data.labelled import found_labels, labels_in
 from jaxptm.data.recordings import Recordings
 from jaxptm.data.table import read_table
 from jaxptm.data.tokenizer import load_tokenizer
@@ -49,8 +49,11 @@ def resolve(config: TrainConfig, source: str | None = None) -> TrainConfig:
         glue_regression = isinstance(data, GlueData) and GLUE[data.task].labels == ()
         problem = "regression" if glue_regression else "single_label_classification"
         objective = objective.model_copy(update={"problem_type": problem})
-    if isinstance(data, GlueData | TableData | AudioData) and data.labels is None and objective.name != "ctc":
-        data = data.model_copy(update={"labels": _labels(config, objective, data, weights)})
+    if isinstance(data, GlueData | TableData | AudioData) and objective.name != "ctc":
+        own = None if objective.new_head else _labels_of(weights, objective.name)
+        labels = _labels(config, objective, data, own, weights) if data.labels is None else data.labels
+        _refuse_other_labels(labels, own, weights, measured=source is not None)
+        data = data.model_copy(update={"labels": labels})
     return config.model_copy(update={"init_from": weights, "model": model, "objective": objective, "data": data})
 
 
@@ -105,11 +108,31 @@ def _named(model: str | Mapping[str, Any]) -> str | None:
     return None if name in PRESETS else name
 
 
+def _refuse_other_labels(labels: list[str], own: list[str] | None, weights: str | None, *, measured: bool) -> None:
+    """Raises JaxptmError where the outputs of a head would be taken for other labels than it has learned.
+
+    Args:
+        own: of the head, if there is one.
+        measured: the head is not trained any further, so that it has to have these labels and no others.
+    """
+    if not own or not labels or own == labels or all(label.startswith("LABEL_") for label in own):
+        return
+    if measured or sorted(own) == sorted(labels):
+        raise JaxptmError(
+            f"data.labels: {', '.join(labels[:20])} are asked for, and the head of {weights} has "
+            f"{', '.join(own[:20])}, in this order; leave data.labels out"
+            + (", or name a model of this task." if measured else ", or set objective.new_head=true.")
+        )
+
+
 def _labels(
-    config: TrainConfig, objective: FineTuningConfig, data: GlueData | TableData | AudioData, weights: str | None
+    config: TrainConfig,
+    objective: FineTuningConfig,
+    data: GlueData | TableData | AudioData,
+    own: list[str] | None,
+    weights: str | None,
 ) -> list[str]:
-    """The labels in the order of the head: of the model where it has a head for them, or else of the data."""
-    own = None if objective.new_head else _labels_of(weights, objective.name)
+    """The labels in the order of the head: `own`, of the model's head for them, or else those of the data."""
     if isinstance(data, AudioData):
         return _checked(own, _spoken_labels(config, data), data.label_column, weights)
     if isinstance(data, GlueData):
@@ -121,10 +144,8 @@ def _labels(
         return []
     if not isinstance(data.label_column, str):
         return list(data.label_column)
-    column = read_table(data.train_file).column(data.label_column)
-    nested = isinstance(column[0], list)
-    found = found_labels(label for cell in column for label in (cell if nested else [cell]))
-    return _checked(own, found, data.label_column, weights)
+    table = read_table(data.train_file)
+    return _checked(own, labels_in(table, data.label_column), data.label_column, weights)
 
 
 def _spoken_labels(config: TrainConfig, data: AudioData) -> list[str]:

@@ -52,7 +52,8 @@ def entities(said: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> d
     """`precision`, `recall` and `f1` of whole entities by the rules of conlleval, and `accuracy` of words.
 
     Args:
-        said: a tag for each word of each sentence: O, or B-, I-, E- or S- and a type.
+        said: a tag for each word of each sentence: O, or B-, I-, E- or S- and a type. A word with any other tag, such
+            as a part of speech, is an entity by itself.
         right: the same words.
     """
     ours = {(at, *entity) for at, tags in enumerate(said) for entity in chunks(tags)}
@@ -68,6 +69,10 @@ def entities(said: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> d
     }
 
 
+PLACES = ("B", "I", "E", "S")
+"""Where in an entity a word stands: at its beginning, inside, at its end, or alone."""
+
+
 def chunks(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """(type, first word, last word + 1) of each entity.
 
@@ -78,7 +83,9 @@ def chunks(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     before = "O"
     for at, tag in enumerate([*tags, "O"]):
         place, _, name = tag.partition("-")
-        goes_on = kind is not None and place in "IE" and name == kind and before not in "ES"
+        if tag != "O" and place not in PLACES:
+            place, name = "S", tag
+        goes_on = kind is not None and place in ("I", "E") and name == kind and before not in ("E", "S")
         if kind is not None and not goes_on:
             yield kind, start, at
             kind = None

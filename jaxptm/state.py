@@ -15,11 +15,14 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jaxptm.config import FineTuningConfig
+from jaxptm.hf import files
 from jaxptm.hosts import together
 from jaxptm.models.params import flatten, map_params, stacked, unstacked
+from jaxptm.nn.text import TextConfig
 from jaxptm.objectives import Objective
 from jaxptm.optim import optimizer, stop_frozen
 from jaxptm.parallel import Update, compile_update, mapped_axis, shardings
+from jaxptm.pretrained import Model
 from jaxptm.recipe import open_models
 from jaxptm.run import Run
 from jaxptm.step import make_update
@@ -116,6 +119,20 @@ def gathered(params: Params) -> Params:
     return jax.tree.map(gather, params)
 
 
+def _refuse_another_vocabulary(model: Model, run: Run) -> None:
+    """Raises JaxptmError where the rows of the embeddings stand for other tokens than the ids of the data."""
+    known = model.source is not None and files.found(model.source, files.TOKENIZER_FILES)
+    if not isinstance(model.config, TextConfig) or not known:
+        return
+    theirs, ours = model.tokenizer.get_vocab(), run.tokenizer.get_vocab()
+    if theirs != ours:
+        odd = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
+        raise JaxptmError(
+            f"init_from: {model.source} has another vocabulary ({len(theirs)} entries) than the tokenizer of the data "
+            f"({len(ours)}); they differ in {', '.join(map(repr, odd[:5]))}. Set data.tokenizer to the model's."
+        )
+
+
 def _loaded_params(run: Run, source: str) -> Params:
     """The parameters of `init_from`, in the form that the module has."""
     objective = run.objective
@@ -125,6 +142,8 @@ def _loaded_params(run: Run, source: str) -> Params:
     if run.config.objective.name == "ctc":
         options["vocab_size"] = objective.module.config.vocab_size
     models = open_models(source, run.config, **options)
+    for model in models.values():
+        _refuse_another_vocabulary(model, run)
     loaded = objective.join({name: model.params for name, model in models.items()})
     ours, theirs = (
         {path: leaf.shape for path, leaf in flatten(params).items()}

@@ -217,12 +217,22 @@ def _open_table(config: TrainConfig, data: TableData, tokenizer: Any, training: 
 def _tables(data: TableData, training: bool) -> tuple[Table | None, Table | None]:
     """What is learned from, and what is held out."""
     if data.eval_file is not None:
+        if training and data.eval_file == data.train_file:
+            raise JaxptmError(
+                f"data.eval_file: {data.eval_file} is what is learned from, too; hold a part of it out instead: "
+                "data.eval_file=null data.eval_fraction=0.1."
+            )
         return read_table(data.train_file) if training else None, read_table(data.eval_file)
     whole = read_table(data.train_file)
     if not data.eval_fraction:
         return whole if training else None, None
     order = np.random.default_rng(0).permutation(len(whole))
     count = max(1, round(data.eval_fraction * len(whole)))
+    if training and count >= len(whole):
+        raise JaxptmError(
+            f"data.eval_fraction: {data.eval_fraction} of the {len(whole)} rows of {data.train_file} leaves none to "
+            "learn from; lower it."
+        )
     kept, held = sorted(order[count:].tolist()), sorted(order[:count].tolist())
     return whole.take(kept) if training else None, whole.take(held)
 

@@ -18,7 +18,15 @@ C = TypeVar("C", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-4` as a number, as YAML 1.2 does and PyYAML does not."""
+    """Reads `1e-4` as a number, as YAML 1.2 does and PyYAML does not, and refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is there twice", key.start_mark)
+            seen.add(getattr(key, "value", ""))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -75,7 +83,8 @@ def _parse(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise JaxptmError(f"{source}:{line} is not YAML: {getattr(error, 'problem', None) or error}.") from error
+        hint = "; put a value that begins with * or & in quotes" if text.lstrip()[:1] in ("*", "&") else ""
+        raise JaxptmError(f"{source}:{line} is not YAML: {getattr(error, 'problem', None) or error}{hint}.") from error
 
 
 def _override(fields: dict[str, Any], override: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from jaxptm import scoring
 from jaxptm.config import GlueData
 from jaxptm.data.table import Table, from_dataset, read_delimited, read_text
 from jaxptm.errors import JaxptmError
+
+log = logging.getLogger("jaxptm")
 
 HUB = "nyu-mll/glue"
 
@@ -184,6 +187,7 @@ def _find(path: Path, directory: str, file: str) -> Path | None:
     for place in places:
         parts = sorted(place.glob(f"{Path(file).stem}_*.tsv"))
         if len(parts) == 1 and not file.startswith(("dev_", "test_")):
+            log.info("%s is not there, and %s is taken for it", file, parts[0])
             return parts[0]
     return None
 

@@ -26,6 +26,34 @@ def found_labels(values: Iterable[Any]) -> list[str]:
     return sorted({label_of(value) for value in values}, key=order)
 
 
+def labels_in(table: Table, name: str) -> list[str]:
+    """The labels of a column of labels, or of lists of them.
+
+    Raises:
+        JaxptmError: one is missing, two differ by spaces alone, there is only one, or they are numbers to be estimated.
+    """
+    column = table.column(name)
+    cells = [cell if isinstance(column[0], list) else [cell] for cell in column]
+    for at, labels in enumerate(cells):
+        for label in labels:
+            if label is None or not label_of(label).strip():
+                raise JaxptmError(f"{table.where(at)}: {name!r} holds no label; leave that row out, or label it.")
+    found = found_labels(label for labels in cells for label in labels)
+    by_text: dict[str, str] = {}
+    for label in found:
+        if by_text.setdefault(label.strip(), label) != label:
+            first = by_text[label.strip()]
+            raise JaxptmError(f"{table.source}: {name!r} holds {first!r} and {label!r}, which differ by spaces alone.")
+    if len(found) < 2:
+        raise JaxptmError(f"{table.source}: {name!r} holds one label, {found[0]!r}; there is nothing to tell apart.")
+    if all(re.fullmatch(r"-?\d*\.?\d+", label) for label in found) and any("." in label for label in found):
+        raise JaxptmError(
+            f"{table.source}: {name!r} holds numbers such as {found[0]}; set objective.problem_type=regression and "
+            "train.metric=spearman, or name them all in data.labels to take them for classes."
+        )
+    return found
+
+
 def label_ids(table: Table, name: str, labels: Sequence[str]) -> np.ndarray:
     """[N] int32: a label's place in `labels`.
 

@@ -22,6 +22,7 @@ from jaxptm.data.encoder import Encoder
 from jaxptm.data.shards import (
     NpyFile,
     Progress,
+    check_share,
     cores,
     damage_of,
     disk,
@@ -76,6 +77,7 @@ def prepare(
             stay.
     """
     directory = Path(directory)
+    check_share(host, hosts, workers)
     report = progress or (lambda share, message: None)
     request = data.model_dump(
         include={"files", "eval_files", "text_field", "tokenizer", "tokenizer_model", "vocab_size", "lowercase"}

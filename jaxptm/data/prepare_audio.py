@@ -18,6 +18,7 @@ from jaxptm.data.recordings import FORMAT, AudioManifest, AudioSplit
 from jaxptm.data.shards import (
     NpyFile,
     Progress,
+    check_share,
     cores,
     damage_of,
     disk,
@@ -75,6 +76,7 @@ def prepare_audio(
             anything unusable. Finished shards stay.
     """
     directory = Path(directory)
+    check_share(host, hosts, workers)
     request = data.model_dump(include={"train", "eval", "text_column", "label_column"})
     done = AudioManifest.load(directory) if (directory / "manifest.json").exists() else None
     try:

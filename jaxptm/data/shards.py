@@ -158,6 +158,14 @@ def disk(directory: Path) -> Iterator[None]:
         raise JaxptmError(f"{error.filename or directory}: {error.strerror or error}.") from error
 
 
+def check_share(host: int, hosts: int, workers: int | None) -> None:
+    """Raises JaxptmError where no host does some part, or nobody works."""
+    if not 0 <= host < hosts:
+        raise JaxptmError(f"--host {host} --hosts {hosts}: hosts are counted from 0 to one less than there are.")
+    if workers is not None and workers < 1:
+        raise JaxptmError(f"--workers {workers}: at least 1.")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
     fresh = path.with_name(f"{path.name}.tmp")

@@ -104,6 +104,8 @@ def read_squad(path: str, version_2: bool) -> list[Question]:
         if not question.text or not question.context.strip():
             raise JaxptmError(f"{where}: has an empty {'context' if question.text else 'question'}.")
         for answer, start in question.answers:
+            if not isinstance(answer, str) or type(start) is not int or start < 0:
+                raise JaxptmError(f"{where}: an answer is no `text` with an `answer_start` from 0 on.")
             if not answer or question.context[start : start + len(answer)] != answer:
                 raise JaxptmError(f"{where}: the answer {answer!r} does not stand at character {start} of the context.")
         if not question.answers and not version_2:

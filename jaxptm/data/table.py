@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise JaxptmError(f"{path}:{line}: is not UTF-8 text.") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise JaxptmError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 

@@ -51,7 +51,14 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
     path = Path(path_or_hub_id)
     if path.is_dir():
         own, of_run = path / "config.json", path / "model"
-        return of_run if not own.exists() and (of_run / "config.json").exists() else path
+        if own.exists() or (of_run / "config.json").exists():
+            return path if own.exists() else of_run
+        if (path / "checkpoints").exists() and (path / "config.yaml").exists():
+            raise JaxptmError(
+                f"{path}: is a run that has not come to its end, and holds no model yet; finish it by `jaxptm train`, "
+                f"or take its newest checkpoint: jaxptm convert {path} MODEL."
+            )
+        return path
     if path.exists():
         raise JaxptmError(f"{path} is a file; name the model directory that holds config.json and the weights.")
     name = str(path_or_hub_id)
@@ -59,7 +66,7 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
         raise JaxptmError(f"{name}: there is no such directory.")
     from huggingface_hub import snapshot_download
 
-    small = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES)
+    small = ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES, *GENERATION_FILES)
     try:
         path = Path(snapshot_download(name, allow_patterns=list(small)))
         for weights in ("model*.safetensors*", "flax_model*.msgpack*", "pytorch_model*.bin*"):
@@ -171,6 +178,7 @@ def write_model(
     with model_directory(directory) as folder:
         for file, shard in zip(names, shards, strict=True):
             save_file(shard, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         if len(shards) > 1:
             index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             total = sum(tensor.nbytes for tensor in tensors.values())
@@ -178,6 +186,13 @@ def write_model(
             write_json(folder / "model.safetensors.index.json", content)
         write_json(folder / "config.json", config)
         companions(folder)
+
+
+def _umask() -> int:
+    """What new files may not allow."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

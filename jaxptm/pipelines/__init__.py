@@ -37,10 +37,12 @@ def pipeline(task: str, path: str | os.PathLike[str], **options: Any) -> Any:
         **options: of `from_pretrained`.
 
     Raises:
-        JaxptmError: an unknown task, or a model that cannot be opened.
+        JaxptmError: an unknown task, a model that cannot be opened, or one without a trained head for the task.
     """
     kind = pipeline_kind(task)
-    return kind(from_pretrained(path, kind.task, **options))
+    model = from_pretrained(path, kind.task, **options)
+    model.refuse_random_heads()
+    return kind(model)
 
 
 def pipeline_kind(task: str) -> type[Pipeline]:

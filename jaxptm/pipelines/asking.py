@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxptm.data.table import delimited_rows, read_table, read_text
+from jaxptm.data.table import delimited_rows, filled_lines, read_table, read_text
 from jaxptm.pipelines import pipeline, pipeline_kind
 from jaxptm.types import JaxptmError
 
 CHUNK = 128
 """Inputs that are answered before the next ones are read."""
+FILES = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".parquet", ".txt")
+"""Ends of names that are no texts."""
 SET_BY_INPUT = ("self", "inputs", "question", "context", "first")
 """Arguments of pipelines that are no options."""
 
@@ -89,9 +91,13 @@ def read_inputs(task: str, arguments: Sequence[str], columns: str | None = None)
         return
     for number, argument in enumerate(arguments, 1):
         if not _is_file(argument):
+            if columns is not None or argument.endswith(FILES) or _is_directory(argument):
+                raise JaxptmError(f"{argument}: there is no such file.")
             yield Input(f"input {number}", _of_line(kind, names, argument))
         elif argument.endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):
             yield from _of_delimited(kind, names, Path(argument))
+        elif argument.endswith((".conll", ".conllu")):
+            raise JaxptmError(f"{argument}: holds tags beside its words; give plain texts, one a line.")
         elif argument.endswith(".parquet"):
             table = read_table(argument)
             cells = {
@@ -102,9 +108,8 @@ def read_inputs(task: str, arguments: Sequence[str], columns: str | None = None)
                 yield Input(table.where(at), _of_record(kind, names, record))
         else:
             json_lines = argument.endswith((".jsonl", ".jsonl.gz"))
-            for line_number, line in enumerate(read_text(Path(argument)).splitlines(), 1):
-                if line.strip():
-                    yield Input(f"{argument}:{line_number}", _of_line(kind, names, line, json_lines))
+            for line_number, line in filled_lines(read_text(Path(argument))):
+                yield Input(f"{argument}:{line_number}", _of_line(kind, names, line, json_lines))
 
 
 def parse_options(task: str, options: Sequence[str]) -> dict[str, Any]:
@@ -165,6 +170,13 @@ def _is_file(argument: str) -> bool:
     try:
         return Path(argument).is_file()
     except (OSError, ValueError):  # too long a name, or a zero character: a text
+        return False
+
+
+def _is_directory(argument: str) -> bool:
+    try:
+        return Path(argument).is_dir() and os.sep in argument
+    except (OSError, ValueError):
         return False
 
 
