@@ -83,6 +83,11 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     mesh = make_mesh(config.parallel, loop)
     mirror = claim_directory(config)
     run = open_run(config, progress=progress_lines(log.info))
+    if not run.held_out and (loop.export == "best" or loop.patience is not None):
+        raise JaxptmError(
+            "train.export and train.patience: nothing is held out to tell the best by; hold something out "
+            "(data.eval_file, data.eval_fraction), or set train.export=last and no patience."
+        )
     for module in run.objective.modules.values():
         check_tensor(mesh, module.config)
 
@@ -117,11 +122,6 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             metrics = MetricsLog(run.directory, enabled=is_main())
             metrics.truncate(start)
             best = Best(loop, run.directory / "metrics.jsonl")
-            if best.asked and not run.held_out:
-                raise JaxptmError(
-                    "train.export and train.patience: nothing is held out to tell the best by; hold something out "
-                    "(data.eval_file, data.eval_fraction), or set train.export=last and no patience."
-                )
         with metrics, TrainingProgress(run.steps, start, console) as progress, StopSignal() as stop:
             if start:
                 progress.print(f"resuming at step {start} of {run.steps}")

@@ -25,7 +25,7 @@ class Best:
     def __init__(self, loop: LoopConfig, log: Path) -> None:
         """Goes over what `log` tells of the steps before, so that a resumed run decides as it would have."""
         self._metric, self._patience = loop.metric, loop.patience
-        self.asked = loop.patience is not None or loop.export == "best"
+        self._asked = loop.patience is not None or loop.export == "best"
         self._value: float | None = None
         self._waited = 0
         for line in read_metrics(log) if log.exists() else []:
@@ -54,7 +54,7 @@ class Best:
             )
         if is_better(self._metric, evaluation[self._metric], self._value):
             self._value, self._waited = evaluation[self._metric], 0
-            return self.asked
+            return self._asked
         self._waited += 1
         return False
 

@@ -163,6 +163,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
     [
         (b"model: [1, 2", "bad.yaml: line 1 is not YAML"),
         (b"just words", "bad.yaml: expected `key: value` lines"),
+        (b"train: {steps: 1}\nmodel: x\ntrain: {seed: 2}\n", "bad.yaml: line 3 is not YAML: `train` is there twice"),
         (b"", "bad.yaml: expected `key: value` lines"),
         (b"model: \xff\xfe", "bad.yaml: the config is not UTF-8"),
         (None, "bad.yaml: cannot read the config: No such file"),
@@ -183,6 +184,7 @@ def test_a_file_that_is_no_config(tmp_path: Path, content: bytes | None, message
         ("=3", "write it as"),
         ("model.x=1", "`model` holds the value"),
         ("train.steps=[1", "is not YAML"),
+        ("data.files=*.txt", "is not YAML: .*; put a value that begins with"),
     ],
 )
 def test_a_malformed_override(small: Path, override: str, message: str) -> None:

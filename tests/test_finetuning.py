@@ -13,10 +13,12 @@ import transformers
 from reference import SMALL, perturbed
 
 from jaxptm.config import TrainConfig, load_config, validate
+from jaxptm.conversion import convert
 from jaxptm.data.tokenizer import train_wordpiece
 from jaxptm.evaluation import evaluate
 from jaxptm.metrics import read_metrics
 from jaxptm.models.params import flatten
+from jaxptm.pipelines import pipeline
 from jaxptm.pretrained import from_pretrained
 from jaxptm.training import restore_model, train
 from jaxptm.types import JaxptmError
@@ -274,8 +276,52 @@ def test_bad_input(home: Path, glue_run: tuple[TrainConfig, dict[str, Any]]) -> 
     fails("does not go with these keys of `data`", objective={"name": "question-answering"})
     fails("data.tokenizer: is missing", init_from=None, model="bert-tiny")
     fails("data.max_length: 128 is more than the 40 tokens", data__max_length=128)
+    train_wordpiece(["other words of another text"] * 9, 150).save_pretrained(home / "other")
+    fails(r"init_from: .*bert has another vocabulary \(\d+ entries\)", data__tokenizer=str(home / "other"))
+    same = {**moods, "eval_file": moods["train_file"], "eval_fraction": 0.0}
+    fails("data.eval_file: .* is what is learned from, too; hold a part of it out instead", data=same)
+    fails("data.eval_fraction: 0.999 of the 60 rows of .* leaves none to", data={**moods, "eval_fraction": 0.999})
+    alone = {"data": {**moods, "eval_fraction": 0.0}, "train__eval_every": 100}
+    fails("train.export and train.patience: nothing is held out", train__export="best", **alone)
     fresh = config_of(home, "fresh", data=moods, init_from=tuned, objective__new_head=True, train__epochs=1)
     assert train(fresh)["finished"]
+
+
+def test_a_head_is_not_taken_for_another(home: Path, glue_run: tuple[TrainConfig, dict[str, Any]]) -> None:
+    moods = table(home, text_columns="text", label_column="mood")
+    trained = config_of(home, "mooded", data=moods, train__epochs=1)
+    train(trained)
+    swapped = config_of(home, "swapped", data={**moods, "labels": ["good", "bad"]}, init_from=trained.out)
+    said = r"good, bad are asked for, and the head of .* has bad, good, in this order"
+    for ask in (train, lambda config: evaluate(trained.out, config)):
+        with pytest.raises(JaxptmError, match=said):
+            ask(swapped)
+    with pytest.raises(JaxptmError, match=r"data\.labels: 0, 1 are asked for, and the head of .* has bad, good"):
+        evaluate(trained.out, glue_run[0])
+    tags = table(home, text_columns="words", label_column="tags")
+    for task, data in (("sequence-classification", moods), ("token-classification", tags)):
+        with pytest.raises(JaxptmError, match=r"is a BertModel, which nothing has trained to be a BertFor\w+"):
+            evaluate(home / "bert", config_of(home, "x", objective={"name": task}, data=data))
+    with pytest.raises(JaxptmError, match="--predictions: files for an official scorer are those of GLUE's test sets"):
+        evaluate(trained.out, trained, home / "said")
+    for task in ("token-classification", "question-answering", "fill-mask"):
+        with pytest.raises(JaxptmError, match="is a BertForSequenceClassification, which nothing has trained to be a"):
+            pipeline(task, trained.out)
+
+
+def test_a_run_without_a_model_says_what_to_do(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(JaxptmError, match=r"is a run that has not come to its end, .* jaxptm convert"):
+        from_pretrained(tmp_path)
+    with pytest.raises(JaxptmError, match="is the directory of a run; name another one"):
+        convert(str(home / "bert"), tmp_path)
+
+
+def test_a_place_that_cannot_be_written(home: Path) -> None:
+    for out in (home / "table.jsonl", home / "table.jsonl" / "run"):
+        with pytest.raises(JaxptmError, match=r"out: .*table\.jsonl.* cannot be written"):
+            train(config_of(home, "x").model_copy(update={"out": str(out)}))
 
 
 def test_random_weights_are_asked_for(home: Path) -> None:

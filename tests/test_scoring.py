@@ -65,10 +65,16 @@ def test_several_labels_on_paper() -> None:
         ("S-A B-A E-A I-A", [("A", 0, 1), ("A", 1, 3), ("A", 3, 4)]),
         ("O O", []),
         ("E-A E-A", [("A", 0, 1), ("A", 1, 2)]),
+        ("DET NOUN NOUN O NN-P", [("DET", 0, 1), ("NOUN", 1, 2), ("NOUN", 2, 3), ("NN-P", 4, 5)]),
     ],
 )
 def test_entities_of_a_sentence(tags: str, entities: list[tuple[str, int, int]]) -> None:
     assert list(scoring.chunks(tags.split())) == entities
+
+
+def test_parts_of_speech_are_right_where_they_are_the_same() -> None:
+    figures = scoring.entities([["VERB", "NOUN", "ADJ", "DET"]], [["DET", "ADJ", "NOUN", "DET"]])
+    assert figures == {"f1": 0.25, "precision": 0.25, "recall": 0.25, "accuracy": 0.25}
 
 
 @settings(max_examples=300)

@@ -456,3 +456,17 @@ def test_nothing_is_held_out_on_request() -> None:
     train, held_out = corpus.split(0)
     assert train is corpus
     assert len(held_out.ranges) == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ({"host": 2, "hosts": 2}, "--host 2 --hosts 2: hosts are counted from 0"),
+        ({"host": -1, "hosts": 2}, "--host -1 --hosts 2: hosts are counted from 0"),
+        ({"host": 0, "hosts": 0}, "--host 0 --hosts 0: hosts are counted from 0"),
+        ({"workers": 0}, "--workers 0: at least 1"),
+    ],
+)
+def test_shares_that_are_none(share: dict[str, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(JaxptmError, match=message):
+        prepare(TextData(files="text.txt", tokenizer="vocab.txt"), tmp_path / "parts", **share)

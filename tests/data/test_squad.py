@@ -219,6 +219,8 @@ def squad_file(path: Path, **changes: Any) -> str:
         ({"context": " ", "answers": []}, "question 1: has an empty context"),
         ({"question": " "}, "question 1: has an empty question"),
         ({"answers": [{"text": "dog", "answer_start": 4}]}, "'dog' does not stand at character 4"),
+        ({"answers": [{"text": "cat", "answer_start": -8}]}, "an answer is no `text` with an `answer_start` from 0"),
+        ({"answers": [{"text": "cat", "answer_start": "4"}]}, "an answer is no `text` with an `answer_start` from 0"),
         ({"answers": []}, "question 1: has no answer; for SQuAD 2.0 set data.version_2=true"),
         ({"answers": [{"text": "cat"}]}, "is not in the form of SQuAD"),
     ],

@@ -20,10 +20,11 @@ from jaxptm.data.labelled import (
     found_labels,
     label_ids,
     label_sets,
+    labels_in,
     numbers,
     words_said,
 )
-from jaxptm.data.table import from_dataset, read_table
+from jaxptm.data.table import Table, from_dataset, read_table
 from jaxptm.data.tokenizer import train_bpe, train_wordpiece
 from jaxptm.types import JaxptmError
 
@@ -171,3 +172,29 @@ def test_a_label_stands_at_the_first_token_of_its_word(tokenizer: Any) -> None:
         wanted.append(IGNORED if word is None or word == before else word + 1)
         before = word
     assert encoded.examples.tokens["labels"].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "", "b"], r"rows:2: 'label' holds no label"),
+        (["a", None, "b"], r"rows:2: 'label' holds no label"),
+        ([["a"], ["b", " "]], r"rows:2: 'label' holds no label"),
+        (["a", " a", "b"], r"rows: 'label' holds ' a' and 'a', which differ by spaces alone"),
+        (["a", "a"], r"rows: 'label' holds one label, 'a'; there is nothing to tell apart"),
+        (["0.25", "4"], r"rows: 'label' holds numbers such as .*; set objective.problem_type=regression"),
+        ([0.25, 4.0], r"rows: 'label' holds numbers such as .*; set objective.problem_type=regression"),
+    ],
+)
+def test_labels_that_are_none(labels: list[Any], message: str) -> None:
+    table = Table("rows", {"label": labels}, list(range(1, len(labels) + 1)))
+    with pytest.raises(JaxptmError, match=message):
+        labels_in(table, "label")
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [([1, 2.0, True], ["1", "2"]), (["b", "a"], ["a", "b"]), ([["x"], [], ["y", "x"]], ["x", "y"])],
+)
+def test_labels_of_a_column(labels: list[Any], found: list[str]) -> None:
+    assert labels_in(Table("rows", {"label": labels}, list(range(len(labels)))), "label") == found

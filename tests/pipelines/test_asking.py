@@ -138,3 +138,23 @@ def test_results_can_be_read_and_are_plain_json(
         for answer in ask(task, tmp_path, read_inputs(task, texts), options):
             assert json.loads(json.dumps(answer.output)) == answer.output
             assert shown in "\n".join(answer.lines)
+
+
+def test_names_of_files_are_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("Rome NNP B-LOC\n")
+    for argument, columns in (
+        (tmp_path / "nowhere.csv", None),
+        ("revews.jsonl", None),
+        ("some words", "text"),
+        (tmp_path, None),
+    ):
+        with pytest.raises(JaxptmError, match=r": there is no such file\."):
+            list(read_inputs("fill-mask", [str(argument)], columns))
+    with pytest.raises(JaxptmError, match=r"a\.conll: holds tags beside its words; give plain texts"):
+        list(read_inputs("fill-mask", [str(tmp_path / "a.conll")]))
+    assert list(read_inputs("fill-mask", ["the end."])) == [("input 1", "the end.")]
+
+
+def test_only_line_ends_part_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\x0cone\u2028one\r\ntwo\x85two\n")
+    assert values("fill-mask", tmp_path / "a.txt") == ["one\x0cone\u2028one", "two\x85two"]
