@@ -39,13 +39,13 @@ def evaluate(path: str | Path, config: TrainConfig, predictions: str | Path | No
     """
     config = resolve(config, str(path))
     models = open_models(path, config, dtype=config.train.dtype)
-    for model in models.values():
-        model.refuse_random_heads()
     if len({model.source for model in models.values()}) < len(models):
         raise JaxptmError(
             f"{path}: is one model, and {config.objective.name} is measured with {' and '.join(models)} of a run; give "
             "the run's directory."
         )
+    for model in models.values():
+        model.refuse_random_heads()
     run = open_run(config, models)
     if not run.held_out:
         raise JaxptmError("nothing is held out: set data.eval_files, data.eval_file or data.eval_fraction.")

@@ -118,12 +118,17 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     exponentially to 5% (Baevski et al. 2020, section 4.3; fairseq `tri_stage_lr_scheduler.py`, with the figures of its
     wav2vec configs).
 
+    A share of warmup is rounded up, as transformers does, or down where that would be the whole run.
+
     Raises:
         JaxptmError: the warmup leaves no step to decay in, or `inverse_sqrt` has none.
     """
     peak = config.learning_rate
     warmup = config.warmup if isinstance(config.warmup, int) else math.ceil(config.warmup * steps)
-    held = warmup + round(TRI_STAGE_HOLD * steps) if config.schedule == "tri_stage" else warmup
+    hold = round(TRI_STAGE_HOLD * steps) if config.schedule == "tri_stage" else 0
+    if isinstance(config.warmup, float) and warmup + hold >= steps:  # a run of a few steps
+        warmup = math.floor(config.warmup * steps)
+    held = warmup + hold
     if config.schedule in ("linear", "bert_linear", "electra_linear", "cosine", "tri_stage") and held >= steps:
         raise JaxptmError(
             f"optimizer.warmup is {warmup} steps, but train.steps is {steps} and the {config.schedule} schedule has to "
