@@ -317,9 +317,9 @@ def from_pretrained(
     else:
         tensors = weights.renamed(files.read_tensors(directory), family.modern_name, str(directory))
     if param_dtype is None:
-        param_dtype = _stored_type(tensors)
+        param_dtype = weights.stored_type(tensors)
     if complete:
-        _refuse_to_round(tensors, directory, jnp.dtype(param_dtype))
+        weights.refuse_to_round(tensors, jnp.dtype(param_dtype), str(directory))
         config = _without_masks(config, tensors, family, directory)
     if new_head:
         aside = {row.theirs for row in family.table(config, task).rows if row.paths[0].split("/")[0] not in KEPT}
@@ -348,28 +348,6 @@ def from_pretrained(
     params = unflatten({path: jax.device_put(jnp.asarray(leaf, param_dtype), sharding) for path, leaf in flat.items()})
     about = loaded.dead, loaded.unused, loaded.absent
     return Model(family, config, task, module, params, directory, hf_config, *about)
-
-
-def _stored_type(tensors: Mapping[str, np.ndarray]) -> Any:
-    """The type of floats that all tensors have, if float32 holds it; otherwise float32."""
-    types = {tensor.dtype for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)}
-    return types.pop() if len(types) == 1 and max(kind.itemsize for kind in types) <= 4 else jnp.float32
-
-
-def _refuse_to_round(tensors: Mapping[str, np.ndarray], directory: Path, kind: np.dtype) -> None:
-    """Raises JaxptmError where a type of parameters has not all the digits that the tensors have."""
-    rounded = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.dtype.itemsize > kind.itemsize
-        and jnp.issubdtype(tensor.dtype, jnp.floating)
-        and not np.array_equal(tensor.astype(kind).astype(tensor.dtype), tensor, equal_nan=True)
-    ]
-    if rounded:
-        raise JaxptmError(
-            f"{directory}: {', '.join(rounded[:5])}{' ...' if len(rounded) > 5 else ''}: {kind} has not all their "
-            "digits; round them where they come from."
-        )
 
 
 def _without_masks(

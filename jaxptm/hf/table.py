@@ -112,6 +112,28 @@ def renamed(tensors: Tensors, name: Callable[[str], str], source: str) -> dict[s
     return {modern: tensors[theirs] for modern, theirs in by_name.items()}
 
 
+def stored_type(tensors: Tensors) -> np.dtype:
+    """The type of floats that all tensors have, if float32 holds it; otherwise float32."""
+    types = {tensor.dtype for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)}
+    return types.pop() if len(types) == 1 and max(kind.itemsize for kind in types) <= 4 else np.dtype(np.float32)
+
+
+def refuse_to_round(tensors: Tensors, kind: np.dtype, source: str) -> None:
+    """Raises JaxptmError where a type of parameters has not all the digits that the tensors have."""
+    rounded = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype.itemsize > kind.itemsize
+        and jnp.issubdtype(tensor.dtype, jnp.floating)
+        and not np.array_equal(tensor.astype(kind).astype(tensor.dtype), tensor, equal_nan=True)
+    ]
+    if rounded:
+        raise JaxptmError(
+            f"{source}: {', '.join(rounded[:5])}{' ...' if len(rounded) > 5 else ''}: {kind} has not all their digits; "
+            "round them where they come from."
+        )
+
+
 def _identical(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two tensors are the same to the bit, NaN included."""
     same_kind = (first.shape, first.dtype) == (second.shape, second.dtype)

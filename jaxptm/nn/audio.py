@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.convolution import grouped_convolution
-from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, Norm, Transformer, layer_norm, linear, spread, visible_keys
+from jaxptm.nn.core import Dropout, Execution, Norm, Transformer, layer_norm, linear, spread, visible_keys
 from jaxptm.nn.heads import Classifier, ContrastiveHead, FrameClassifier
 from jaxptm.nn.model import PretrainedModule
 from jaxptm.types import Array

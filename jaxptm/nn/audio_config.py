@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxptm.config import Positive, Share
-from jaxptm.nn.core import ACTIVATIONS
+from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.model import ModelConfig
 from jaxptm.types import Array, JaxptmError
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from jaxptm.nn.core import ACTIVATIONS, Dropout, Execution, TransformerConfig, dense, layer_norm, linear, logits, spread
+from jaxptm.nn.activations import ACTIVATIONS
+from jaxptm.nn.core import Dropout, Execution, TransformerConfig, dense, layer_norm, linear, logits, spread
 from jaxptm.nn.quantizer import GumbelQuantizer, perplexity
 from jaxptm.types import Array
 

@@ -19,7 +19,8 @@ from transformers.activations import ACT2FN
 from jaxptm.models import FAMILIES, PRESETS
 from jaxptm.models.bert import FAMILY, BertConfig
 from jaxptm.models.params import abstract_params, flatten
-from jaxptm.nn.core import ACTIVATIONS, Execution
+from jaxptm.nn.activations import ACTIVATIONS
+from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TASKS, TextModel
 from jaxptm.pretrained import from_pretrained
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jaxptm.models.bert import BertConfig
 from jaxptm.models.params import initialise
+from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.core import (
-    ACTIVATIONS,
     Attention,
     Dense,
     Execution,
