@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxptm.hf.files import GENERATION_FILES, POOLING_FILES, PROCESSOR_FILES, TOKENIZER_FILES, found
+from jaxptm.hf.files import (
+    GENERATION_FILES,
+    POOLING_FILES,
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    found,
+    is_run,
+    write_json,
+)
 from jaxptm.metrics import versions
 from jaxptm.models.params import flatten
 from jaxptm.nn.audio_config import AudioConfig
@@ -59,7 +66,8 @@ def convert(
         The model, and what `check` measured.
 
     Raises:
-        JaxptmError: there is no such model, it does not fit together, `step` or `part` do not apply, or `check` failed.
+        JaxptmError: there is no such model, it does not fit together, `step` or `part` do not apply, `check` failed, or
+            the target is a run, holds files of another model, or cannot be written.
     """
     if to not in FORMATS:
         raise JaxptmError(f"--to {to}: write {' or '.join(FORMATS)}.")
@@ -69,21 +77,27 @@ def convert(
         model = _open(source, step, part, Path(rewritten))
         _refuse_to_mix(model, target)
         if to == "orbax":
-            model = replace(model, dead={}, unused=(*model.unused, *_lost_without_names(model)))
+            model = replace(model, dead={}, unused=(*model.unused, *_not_in_orbax(model)))
         if model.unused:
             shown, more = model.unused[:SHOWN], len(model.unused) - SHOWN
             said = f"{', '.join(shown)}{f' and {more} more' if more > 0 else ''}"
             log.warning("%s: these of its weights are left out: %s", source, said)
         differences = check(model, to) if checked else None
-        with ExitStack() as stack:  # neither the model nor its report is left without the other
-            if report is not None:
-                origin = {"step": step, "part": part}
-                stack.enter_context(_written(report, describe(model, source, differences) | origin))
+        if report is None:
+            save(model, target, to)
+            return replace(model, source=target), differences
+        with _cannot_write(report):
+            if report.is_dir():
+                raise IsADirectoryError("it is a directory")
+            report.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(report) as partial:  # neither it nor the model is left without the other
+            with _cannot_write(report):
+                write_json(partial, describe(model, source, differences) | {"step": step, "part": part})
             save(model, target, to)
     return replace(model, source=target), differences
 
 
-def _lost_without_names(model: Model) -> list[str]:
+def _not_in_orbax(model: Model) -> list[str]:
     """Tensors that no parameter stands for, and that are no copy of one; Orbax has parameters alone."""
     table, tensors = model.family.table(model.config, model.task), model.tensors()
     return [name for name, tensor in model.dead.items() if _bytes(tensor) != _bytes(tensors[table.dead[name]][0])]
@@ -91,8 +105,10 @@ def _lost_without_names(model: Model) -> list[str]:
 
 def _refuse_to_mix(model: Model, target: Path) -> None:
     """Raises JaxptmError where files of another model would stay beside this one, or a run would hide behind it."""
-    if (target / "config.yaml").exists() and (target / "checkpoints").exists():
+    if is_run(target):
         raise JaxptmError(f"{target}: is the directory of a run; name another one.")
+    if model.source is not None and model.source.resolve() == target.resolve():
+        return
     every = (*TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES, *GENERATION_FILES)
     there = {file.relative_to(target).as_posix() for file in found(target, every)}
     if model.source is not None:
@@ -105,11 +121,11 @@ def _refuse_to_mix(model: Model, target: Path) -> None:
 
 def _open(source: str, step: int | None, part: str, rewritten: Path) -> Model:
     """Opens what `convert` is given; a checkpoint of another implementation is rewritten to `rewritten` first."""
-    is_run = is_remote(source) or all((Path(source) / name).exists() for name in ("checkpoints", "config.yaml"))
-    original = None if is_run else find_original(source)
-    if step is not None and not is_run:
+    of_run = is_remote(source) or is_run(Path(source))
+    original = None if of_run else find_original(source)
+    if step is not None and not of_run:
         raise JaxptmError(f"--step is for run directories; {source} holds no checkpoints/.")
-    if is_run:
+    if of_run:
         return restore_model(source, step, part)
     if original is None:
         if part != "model":
@@ -238,18 +254,9 @@ def _bytes(tensor: Any) -> bytes:
 
 
 @contextmanager
-def _written(path: Path, content: Mapping[str, Any]) -> Iterator[None]:
-    """Writes JSON; it is in its place once what follows has not failed.
-
-    Raises:
-        JaxptmError: the file cannot be written.
-    """
+def _cannot_write(path: Path) -> Iterator[None]:
+    """Names the file in an error."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a directory")
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            yield
-    except (OSError, ValueError) as error:  # ValueError: a path without a name
+        yield
+    except OSError as error:
         raise JaxptmError(f"{path}: cannot be written: {error}.") from error

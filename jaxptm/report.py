@@ -178,15 +178,26 @@ def _machine(run: Logged) -> dict[str, Any]:
     return {"devices": f"{len(devices)} x {devices[0]}" if devices else None} | run.results.get("versions", {})
 
 
+def _exactly(value: Any) -> str:
+    return "" if value is None else escape(str(value))
+
+
+def _shortly(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
+    return f"{value:,}" if _is_number(value) else escape(str(value))
+
+
 def _table(
     runs: Sequence[Logged],
     rows: Mapping[str, Sequence[Any]],
     *,
-    said: Callable[[Any], str] | None = None,
+    said: Callable[[Any], str] = _shortly,
     judged: bool = False,
 ) -> str:
     """A row a name, a column a run, each value as it is `said`; where figures are judged, the best of a row is bold."""
-    said = said or _shortly
     if not rows:
         return "<p>None yet.</p>"
     heads = "".join(f"<th>{_line(place)}{escape(run.name)}</th>" for place, run in enumerate(runs))
@@ -218,18 +229,6 @@ def _best(name: str, row: Sequence[Any], runs: Sequence[Logged]) -> int | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _exactly(value: Any) -> str:
-    return "" if value is None else escape(str(value))
-
-
-def _shortly(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
-    return f"{value:,}" if _is_number(value) else escape(str(value))
 
 
 def _colour(place: int) -> tuple[str, str]:

@@ -34,7 +34,8 @@ def write_atomically(path: Path, text: str) -> None:
 def whole_directory(directory: Path, replaces: str = "") -> Iterator[Path]:
     """An empty folder within `directory`, whose entries move up at the end, over those of the same names.
 
-    After an error `directory` is as it was before, and not there if it was not.
+    After an error in between `directory` is as it was before, and not there if it was not. What is old goes when what
+    is new is in its place.
 
     Args:
         replaces: a regular expression of the names of further entries that then make way.
@@ -46,15 +47,17 @@ def whole_directory(directory: Path, replaces: str = "") -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         folder.mkdir()
         yield folder
-        written = sorted(folder.iterdir())
-        for old in directory.iterdir():
-            if old != folder and (old.name in {entry.name for entry in written} or re.fullmatch(replaces, old.name)):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        for entry in written:
-            entry.replace(directory / entry.name)
-        folder.rmdir()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         if not existed:
             shutil.rmtree(directory, ignore_errors=True)
         raise
+    written = [entry.name for entry in folder.iterdir()]
+    for name in written:
+        if (directory / name).is_dir():  # which nothing can take the place of in one go
+            (directory / name).replace(folder / f"{name}.old")
+        (folder / name).replace(directory / name)
+    for old in directory.iterdir():
+        if old.name not in written and re.fullmatch(replaces, old.name):
+            old.unlink()
+    shutil.rmtree(folder)

@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_what_was_there(to: str, tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     def refused() -> None:
-        for broken, name in ((shutil, "copyfile"), (files, "write_json"), (conversion.json, "dumps")):
+        for broken, name in ((shutil, "copyfile"), (files, "write_json"), (conversion, "write_json")):
             with monkeypatch.context() as patch:
                 patch.setattr(broken, name, full)
                 status, _, err = jaxptm("convert", str(source), str(target), *options)

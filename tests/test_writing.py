@@ -60,3 +60,20 @@ def test_a_directory_is_filled_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     (target / ".partial" / "part-9").write_text("half")
     fill("new", "part-3", "params/c")
     assert content(target) == {"part-ema": "stays", "part-3": "new", "params/c": "new"}
+
+
+def test_what_is_old_is_not_lost_where_what_is_new_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part-1").write_text("old")
+    (tmp_path / "part-2").write_text("old")
+
+    def fails(self: Path, target: Path) -> Path:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):  # noqa: PT012
+        patch.setattr(Path, "replace", fails)
+        with whole_directory(tmp_path, replaces=r"part-\d") as folder:
+            (folder / "part-1").write_text("new")
+    kept = {name: text for name, text in content(tmp_path).items() if not name.startswith(".partial")}
+    assert kept == {"part-1": "old", "part-2": "old"}

@@ -42,6 +42,11 @@ SHARDS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 """Names of files that a model is written to, as a regular expression."""
 
 
+def is_run(path: Path) -> bool:
+    """Whether it is the directory of a run, finished or not."""
+    return (path / "checkpoints").is_dir() and (path / "config.yaml").exists()
+
+
 def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
     """A local model directory: the path itself, the `model/` of a run, or a snapshot of the hub repository.
 
@@ -53,7 +58,7 @@ def resolve(path_or_hub_id: str | os.PathLike[str]) -> Path:
         own, of_run = path / "config.json", path / "model"
         if own.exists() or (of_run / "config.json").exists():
             return path if own.exists() else of_run
-        if (path / "checkpoints").exists() and (path / "config.yaml").exists():
+        if is_run(path):
             raise JaxptmError(
                 f"{path}: is a run that has not come to its end, and holds no model yet; finish it by `jaxptm train`, "
                 f"or take its newest checkpoint: jaxptm convert {path} MODEL."
@@ -176,23 +181,16 @@ def write_model(
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     with model_directory(directory) as folder:
+        write_json(folder / "config.json", config)
         for file, shard in zip(names, shards, strict=True):
             save_file(shard, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+            (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner alone
         if len(shards) > 1:
             index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
             total = sum(tensor.nbytes for tensor in tensors.values())
             content = {"metadata": {"total_size": total}, "weight_map": index}
             write_json(folder / "model.safetensors.index.json", content)
-        write_json(folder / "config.json", config)
         companions(folder)
-
-
-def _umask() -> int:
-    """What new files may not allow."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -19,8 +20,8 @@ from jaxptm.types import JaxptmError
 
 CHUNK = 128
 """Inputs that are answered before the next ones are read."""
-FILES = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".parquet", ".txt")
-"""Ends of names that are no texts."""
+FILES = r"\S+\.(txt|((csv|tsv|jsonl)(\.gz)?)|parquet)"
+"""Names of files, which are no texts."""
 SET_BY_INPUT = ("self", "inputs", "question", "context", "first")
 """Arguments of pipelines that are no options."""
 
@@ -91,7 +92,7 @@ def read_inputs(task: str, arguments: Sequence[str], columns: str | None = None)
         return
     for number, argument in enumerate(arguments, 1):
         if not _is_file(argument):
-            if columns is not None or argument.endswith(FILES) or _is_directory(argument):
+            if columns is not None or re.fullmatch(FILES, argument) or _is_directory(argument):
                 raise JaxptmError(f"{argument}: there is no such file.")
             yield Input(f"input {number}", _of_line(kind, names, argument))
         elif argument.endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):

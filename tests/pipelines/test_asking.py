@@ -152,7 +152,8 @@ def test_names_of_files_are_no_texts(tmp_path: Path) -> None:
             list(read_inputs("fill-mask", [str(argument)], columns))
     with pytest.raises(JaxptmError, match=r"a\.conll: holds tags beside its words; give plain texts"):
         list(read_inputs("fill-mask", [str(tmp_path / "a.conll")]))
-    assert list(read_inputs("fill-mask", ["the end."])) == [("input 1", "the end.")]
+    texts = ["the end.", "it is in notes.txt"]
+    assert [value for _, value in read_inputs("fill-mask", texts)] == texts
 
 
 def test_only_line_ends_part_texts(tmp_path: Path) -> None:
