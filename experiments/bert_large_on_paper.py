@@ -106,6 +106,11 @@ def cost(plan: Plan) -> StepCost:
     )
 
 
+def forward_operations(rows: int) -> float:
+    """Of a forward pass, layers scanned."""
+    return forward_flops(MODEL, TASK, rows, LENGTH, PREDICTIONS, scan=True)
+
+
 def tables() -> dict[str, str]:
     """The tables of the page in Markdown, by name."""
     return {
@@ -113,22 +118,13 @@ def tables() -> dict[str, str]:
             ["of BERT-large, phase 1", ""],
             [
                 ["parameters", f"{cost(PLANS[0]).parameters / 4:,.0f}"],
-                ["GFLOP forward, a row", f"{forward_flops(MODEL, TASK, 1, LENGTH, PREDICTIONS) / 1e9:.1f}"],
-                [
-                    "GFLOP forward and backward, a row",
-                    f"{3 * forward_flops(MODEL, TASK, 1, LENGTH, PREDICTIONS) / 1e9:.1f}",
-                ],
+                ["GFLOP forward, a row", f"{forward_operations(1) / 1e9:.1f}"],
+                ["GFLOP forward and backward, a row", f"{3 * forward_operations(1) / 1e9:.1f}"],
                 *(
-                    [
-                        f"TFLOP a step of {rows:,} rows",
-                        f"{3 * forward_flops(MODEL, TASK, rows, LENGTH, PREDICTIONS) / 1e12:,.1f}",
-                    ]
+                    [f"TFLOP a step of {rows:,} rows", f"{3 * forward_operations(rows) / 1e12:,.1f}"]
                     for rows in (256, 4096)
                 ),
-                [
-                    "EFLOP, 900,000 steps x 256 rows",
-                    f"{3 * forward_flops(MODEL, TASK, PAPER_ROWS, LENGTH, PREDICTIONS) / 1e18:.1f}",
-                ],
+                ["EFLOP, 900,000 steps x 256 rows", f"{3 * forward_operations(PAPER_ROWS) / 1e18:.1f}"],
             ],
         ),
         "machines": _table(

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxptm.models.params import abstract_params
-from jaxptm.nn.core import Execution, PostNormLayer, PreNormLayer
-from jaxptm.nn.text import TextConfig, TextModel, forward_flops
+from jaxptm.nn.core import Execution, PostNormLayer, PreNormLayer, encoder_products
+from jaxptm.nn.text import TextConfig, TextModel, forward_flops, queries_of_last_layer
 from jaxptm.parallel import partition
 from jaxptm.types import Array, JaxptmError, Params
 
@@ -149,27 +149,35 @@ def step_cost(
     weights = _weights(config, task, execution, fsdp, tensor, shares_embeddings)
     cast = jnp.dtype(execution.dtype) != jnp.dtype(execution.param_dtype)
 
-    forward = forward_flops(config, task, here, length, predictions) / tensor
+    forward = forward_flops(config, task, here, length, predictions, scan=execution.scan) / tensor
+    # The last layer has an output at some tokens only; `outputs` are all layers' together.
+    queries = length if execution.scan else queries_of_last_layer(task, length, predictions)
+    outputs = (layers - 1) * length + queries
     again = {
         False: 0.0,
-        True: forward_flops(config, None, here, length, 0) / tensor,
-        "dots": 4.0 * here * layers * length**2 * config.hidden_size / tensor,  # scores, and what they mix
+        True: 2.0 * here * encoder_products(config, length, queries) / tensor,
+        "dots": 4.0 * here * outputs * length * config.hidden_size / tensor,  # scores, and what they mix
     }[execution.remat]
 
-    # Activations, bytes a row: of a layer, what it keeps of them, and what is kept before and after the layers.
+    # Activations, bytes a row: of all layers, what is kept of them, and what is kept before and after the layers.
+    everything = replace(execution, remat=False)
+
+    def of_layer(execution: Execution, queries: int = length, train: bool = False) -> float:
+        return _kept_by_layer(config, execution, length, queries, tensor, train)
+
     def by_parts(train: bool) -> tuple[float, float, float]:
         return (
-            _kept_by_layer(config, replace(execution, remat=False), length, tensor, train),
-            _kept_by_layer(config, execution, length, tensor, train),
+            (layers - 1) * of_layer(everything, train=train) + of_layer(everything, queries, train),
+            (layers - 1) * of_layer(execution, train=train) + of_layer(execution, queries, train),
             _kept_by_ends(config, task, execution, length, predictions, train),
         )
 
-    full, kept, ends = by_parts(train=False)  # without dropout's: its masks are drawn again
+    _, kept, ends = by_parts(train=False)  # without dropout's: its masks are drawn again
     full_moved, kept_moved, ends_moved = by_parts(train=True)  # but what it lets through is written and read
     logits = 4.0 * predictions * config.vocab_size / _parts(config.vocab_size, tensor) if has_head else 0.0
     # And what is held for a while: the logits with their gradient; later a layer's gradients, and what it computes
     # again. Gradients take about half of the layer's activations, because each goes when the next is there.
-    passing = max(2 * logits, 0.5 * full + full - kept)
+    passing = max(2 * logits, 1.5 * of_layer(everything) - of_layer(execution))
     # Weights beside the stored ones: cast to the type of the computation, or gathered. A scan gathers layer by layer.
     copies = weights.count * compute / (fsdp if execution.scan else 1) if cast else 0.0
     if fsdp > 1 and execution.scan:
@@ -179,20 +187,21 @@ def step_cost(
 
     # What GSPMD sums over `tensor`, in tokens. Forward: the outputs of attention and mlp, and what is looked up.
     # Backward: the inputs of query, key, value and up, and that of the decoder.
-    sums = layers * (8 if execution.remat is True else 6) * length + length + (predictions if has_head else 0)
+    sums = (6 if execution.remat is True else 4) * outputs + 2 * layers * length
+    sums += length + (predictions if has_head else 0)
     return StepCost(
         model_flops=3 * forward,
         executed_flops=3 * forward + again,
         parameters=weights.stored,
         optimizer=moments * 4 / weights.itemsize * weights.stored,  # in float32, whatever the parameters are
         gradients=4 / weights.itemsize * weights.stored * (2 if accumulate > 1 else 1),
-        activations=here / accumulate * (layers * kept + ends + passing) + copies,
+        activations=here / accumulate * (kept + ends + passing) + copies,
         traffic={
             # Parameters and moments are read and written; gradients are written, read for their norm, and read again.
             "optimizer": (2 + 3 + 2 * moments * 4 / weights.itemsize) * weights.stored,
             # A product and its two gradients each touch the weights; before that they are cast.
             "weights": accumulate * weights.count * (3 * compute + (weights.itemsize + compute if cast else 0)),
-            "activations": 2 * here * (layers * (1.5 * full_moved - 0.5 * kept_moved) + ends_moved + logits),
+            "activations": 2 * here * (1.5 * full_moved - 0.5 * kept_moved + ends_moved + logits),
         },
         collectives=_collectives(
             weights, execution, here * sums * config.hidden_size * compute, accumulate, data, fsdp, tensor
@@ -284,20 +293,27 @@ def _parts(entries: int, devices: int) -> int:
 
 
 @cache
-def _kept_by_layer(config: TextConfig, execution: Execution, length: int, tensor: int, train: bool) -> float:
+def _kept_by_layer(
+    config: TextConfig, execution: Execution, length: int, queries: int, tensor: int, train: bool
+) -> float:
     """Bytes a row that autodiff keeps of one layer for its backward pass, in training with what belongs to dropout.
 
     With `tensor`, whatever has an axis of heads or of the inner width is divided.
+
+    Args:
+        queries: tokens that it computes its output for.
     """
     kind = PostNormLayer if config.norm == "post" else PreNormLayer
     layer = kind(config, execution, train)
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     x = jax.ShapeDtypeStruct((ROWS, length, config.hidden_size), execution.dtype)
     mask = jax.ShapeDtypeStruct((ROWS, 1, 1, length), jnp.bool_)
+    positions = jax.ShapeDtypeStruct((ROWS, queries), jnp.int32)
 
-    def keep(variables: Params, key: Array, x: Array, mask: Array) -> Any:
+    def keep(variables: Params, key: Array, x: Array, mask: Array, positions: Array) -> Any:
         def apply(variables: Params, x: Array) -> Array:
-            return layer.apply(variables, x, mask, rngs={"dropout": key})[0]
+            some = positions if queries < length else None
+            return layer.apply(variables, x, mask, positions=some, rngs={"dropout": key})[0]
 
         if execution.remat:
             apply = jax.checkpoint(apply, policy=policies.get(str(execution.remat)))
@@ -307,14 +323,17 @@ def _kept_by_layer(config: TextConfig, execution: Execution, length: int, tensor
         return tensor if len(shape) == 4 or shape[-1:] == (config.intermediate_size,) else 1
 
     variables = jax.eval_shape(layer.init, _key(), x, mask)
-    return _bytes_a_row(jax.eval_shape(keep, variables, _key(), x, mask), parts)
+    return _bytes_a_row(jax.eval_shape(keep, variables, _key(), x, mask, positions), parts)
 
 
 @cache
 def _kept_by_ends(
     config: TextConfig, task: str | None, execution: Execution, length: int, predictions: int, train: bool
 ) -> float:
-    """Bytes a row that embeddings and heads keep for their backward pass: a model of one layer, less the layer."""
+    """Bytes a row that embeddings and heads keep for their backward pass: a model of one layer, less the layer.
+
+    The layer has all of its output here, because all hidden states are asked for.
+    """
     execution = replace(execution, scan=False, remat=False)
     module = TextModel(config.model_copy(update={"num_hidden_layers": 1}), task, execution)
     ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
@@ -322,12 +341,13 @@ def _kept_by_ends(
 
     def keep(variables: Params, key: Array, ids: Array, positions: Array) -> Any:
         def apply(variables: Params) -> Any:
-            return module.apply(variables, ids, ids, ids, mlm_positions=positions, train=train, rngs={"dropout": key})
+            options: Any = {"train": train, "output_hidden_states": True, "rngs": {"dropout": key}}
+            return module.apply(variables, ids, ids, ids, mlm_positions=positions, **options)
 
         return jax.vjp(apply, variables)[1]
 
     of_model = jax.eval_shape(keep, {"params": abstract_params(module)}, _key(), ids, positions)
-    return _bytes_a_row(of_model, lambda shape: 1) - _kept_by_layer(config, execution, length, 1, train)
+    return _bytes_a_row(of_model, lambda shape: 1) - _kept_by_layer(config, execution, length, length, 1, train)
 
 
 def _key() -> Any:

@@ -290,8 +290,9 @@ def test_a_step_costs_one_token_whatever_came_before(rows: int) -> None:
         return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in held]
 
     def forward(queries: int, keys: int, predictions: int) -> int:
-        token = layers * (12 * width**2 + 2 * keys * width)
-        return 2 * rows * (queries * token + predictions * width * vocab)
+        keys_and_values = layers * queries * 2 * width**2
+        outputs = (layers - 1) * queries + predictions  # of the last layer no others are computed
+        return 2 * rows * (keys_and_values + outputs * (10 * width**2 + 2 * keys * width) + predictions * width * vocab)
 
     for prompt, new in ((64, 448), (480, 32)):  # few and many tokens before, in a cache of the same size
         assert loop_and_prompt(prompt, new) == (forward(1, 512, 1), forward(prompt, 512, 1))

@@ -22,6 +22,7 @@ from jaxptm.data.encoder import Encoder
 from jaxptm.data.shards import (
     NpyFile,
     Progress,
+    alone,
     check_share,
     cores,
     damage_of,
@@ -94,8 +95,7 @@ def prepare(
     if done is not None and done.request == request and not done.damage(directory):
         return done
 
-    with disk(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    with disk(directory), alone(directory, host, report):
         tokenizer = _tokenizer(data, directory, request, sources["train"], host, report)
         separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         if separator is None:

@@ -18,6 +18,7 @@ from jaxptm.data.recordings import FORMAT, AudioManifest, AudioSplit
 from jaxptm.data.shards import (
     NpyFile,
     Progress,
+    alone,
     check_share,
     cores,
     damage_of,
@@ -92,9 +93,10 @@ def prepare_audio(
         for split, items in utterances.items()
         for at in range(0, len(items), SHARD)
     ]
-    with disk(directory):
-        home.mkdir(parents=True, exist_ok=True)
-        _decode_all(tasks[host::hosts], workers, progress or (lambda share, message: None), data)
+    report = progress or (lambda share, message: None)
+    with disk(directory), alone(directory, host, report):
+        home.mkdir(exist_ok=True)
+        _decode_all(tasks[host::hosts], workers, report, data)
         shards = [_finished(task) for task in tasks]
         if not all(shards):
             return None

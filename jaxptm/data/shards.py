@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from jaxptm.errors import JaxptmError
 
@@ -49,6 +50,22 @@ class NpyFile:
         # numpy leaves room in the header for the first axis to grow, so both headers are equally long.
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
+
+
+@contextmanager
+def alone(directory: Path, host: int, report: Progress) -> Iterator[None]:
+    """Makes `directory`, and waits while another process does this share there: it writes the same files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / f"host-{host}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        report(0.0, f"another process is preparing {directory}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

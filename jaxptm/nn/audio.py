@@ -15,7 +15,18 @@ from jaxtyping import Bool, Float, Int
 from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.convolution import grouped_convolution
-from jaxptm.nn.core import Dropout, Execution, Norm, Transformer, layer_norm, linear, spread, visible_keys
+from jaxptm.nn.core import (
+    Dropout,
+    Execution,
+    Norm,
+    Transformer,
+    at_positions,
+    encoder_products,
+    layer_norm,
+    linear,
+    spread,
+    visible_keys,
+)
 from jaxptm.nn.heads import Classifier, ContrastiveHead, FrameClassifier
 from jaxptm.nn.model import PretrainedModule
 from jaxptm.types import Array
@@ -172,7 +183,7 @@ class AudioModel(PretrainedModule):
 
     def flops(self, rows: int, length: int, targets: int = 0) -> float:
         """See `forward_flops`."""
-        return forward_flops(self.config, self.task, rows, length, targets)
+        return forward_flops(self.config, self.task, rows, length, targets, scan=self.execution.scan)
 
     @nn.compact
     def __call__(
@@ -198,7 +209,7 @@ class AudioModel(PretrainedModule):
                 sees padding all the same.
             mask_time_indices: frames that the mask embedding stands in for.
             mask_feature_indices: channels that are 0 in all frames.
-            target_positions: frames that the contrastive head runs on; default all.
+            target_positions: frames that the contrastive head and the last layer run on; default all.
             target_weights: how much each of them counts for the use of the codebooks; default 1, or where all frames
                 are targets, 1 for the masked ones.
             gumbel_noise: of the quantiser in training; default drawn from the rng `gumbel`.
@@ -230,6 +241,7 @@ class AudioModel(PretrainedModule):
         hidden, states, _ = Transformer(config, execution, name="encoder")(
             frames.embedded,
             visible_keys(real),
+            positions=target_positions if self.task == "contrastive" else None,
             train=train,
             output_hidden_states=output_hidden_states or classifies_states,
         )
@@ -245,14 +257,10 @@ class AudioModel(PretrainedModule):
                 classify = FrameClassifier(config, execution, width, labels, name="classifier")
                 out = {"logits": classify(states if classifies_states else (hidden,), real)}
             case "contrastive":
-
-                def at_targets(x: Float[Array, "B F *W"]) -> Float[Array, "B P *W"]:
-                    return x if target_positions is None else jnp.take_along_axis(x, target_positions[..., None], 1)
-
-                targets, features = at_targets(hidden), at_targets(frames.extracted)
+                features = at_positions(frames.extracted, target_positions)
                 if target_weights is None:
                     counted = mask_time_indices if target_positions is None else None
-                    target_weights = jnp.ones(targets.shape[:2]) if counted is None else counted.astype(jnp.float32)
+                    target_weights = jnp.ones(hidden.shape[:2]) if counted is None else counted.astype(jnp.float32)
                 contrast = ContrastiveHead(
                     execution,
                     groups=config.num_codevector_groups,
@@ -262,7 +270,7 @@ class AudioModel(PretrainedModule):
                     name="contrastive_head",
                 )
                 out = contrast(
-                    targets,
+                    hidden,
                     Dropout(config.feat_quantizer_dropout)(features, train=train),
                     target_weights,
                     temperature=temperature,
@@ -277,7 +285,9 @@ class AudioModel(PretrainedModule):
         return out
 
 
-def forward_flops(config: AudioConfig, task: str | None, rows: int, samples: int, targets: int) -> float:
+def forward_flops(
+    config: AudioConfig, task: str | None, rows: int, samples: int, targets: int, *, scan: bool = False
+) -> float:
     """Floating point operations of the convolutions and matrix products of a forward pass, two a multiply-add.
 
     Counted as `jaxptm.nn.text.forward_flops` counts; the codebooks' usage is left out.
@@ -292,8 +302,8 @@ def forward_flops(config: AudioConfig, task: str | None, rows: int, samples: int
         convolved += frames * kernel * below * inner
         below = inner
     positions = config.num_conv_pos_embeddings * width**2 // config.num_conv_pos_embedding_groups
-    layer = 4 * width**2 + 2 * width * config.intermediate_size + 2 * frames * width
-    total = convolved + frames * (below * width + positions + config.num_hidden_layers * layer)
+    queries = min(targets, frames) if task == "contrastive" and not scan else frames
+    total = convolved + frames * (below * width + positions) + encoder_products(config, frames, queries)
     match task:
         case "ctc":
             total += frames * width * config.vocab_size

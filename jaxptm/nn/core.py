@@ -129,7 +129,11 @@ class Dropout(nn.Module):
 
 
 class Layer(nn.Module):
-    """What the two kinds of layer share: their parts, by name. Given a cache, a layer also returns it filled up."""
+    """What the two kinds of layer share: their parts, by name.
+
+    Given `positions`, a layer attends to all of `x` and computes its output there alone; the mask is then of those
+    queries. Given a cache, it also returns it filled up.
+    """
 
     config: TransformerConfig
     execution: Execution
@@ -145,9 +149,13 @@ class Layer(nn.Module):
         return Dropout(self.config.hidden_dropout_prob)(x, train=self.train)
 
     def attention(
-        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "#B 1 #Q K"] | None,
+        cache: Cache | None,
+        positions: Int[Array, "B Q"] | None,
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
-        return Attention(self.config, self.execution, self.train, name="attention")(x, mask, cache)
+        return Attention(self.config, self.execution, self.train, name="attention")(x, mask, cache, positions)
 
     def mlp(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return Mlp(self.config, self.execution, self.train, name="mlp")(x)
@@ -158,10 +166,14 @@ class PostNormLayer(Layer):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "#B 1 #Q K"] | None,
+        cache: Cache | None = None,
+        positions: Int[Array, "B Q"] | None = None,
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
-        attended, cache = self.attention(x, mask, cache)
-        x = self.norm("attention_norm")(x + self.dropout(attended))
+        attended, cache = self.attention(x, mask, cache, positions)
+        x = self.norm("attention_norm")(at_positions(x, positions) + self.dropout(attended))
         return self.norm("mlp_norm")(x + self.dropout(self.mlp(x))), cache
 
 
@@ -170,10 +182,14 @@ class PreNormLayer(Layer):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "#B 1 #Q K"] | None,
+        cache: Cache | None = None,
+        positions: Int[Array, "B Q"] | None = None,
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
-        attended, cache = self.attention(self.norm("attention_norm")(x), mask, cache)
-        x = x + self.dropout(attended)
+        attended, cache = self.attention(self.norm("attention_norm")(x), mask, cache, positions)
+        x = at_positions(x, positions) + self.dropout(attended)
         return x + self.dropout(self.mlp(self.norm("mlp_norm")(x))), cache
 
 
@@ -182,14 +198,19 @@ class Attention(Layer):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"] | None, cache: Cache | None = None
+        self,
+        x: Float[Array, "B L D"],
+        mask: Bool[Array, "#B 1 #Q K"] | None,
+        cache: Cache | None = None,
+        positions: Int[Array, "B Q"] | None = None,
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
         heads = self.config.num_attention_heads
         width = self.config.hidden_size // heads
-        rows = x.reshape(-1, x.shape[-1])  # once: the three products keep it for their gradients
+        rows = x.reshape(-1, x.shape[-1])  # once: the products keep it for their gradients
+        asking = rows if positions is None else at_positions(x, positions).reshape(-1, x.shape[-1])
         query, key, value = (
-            self.dense(self.config.hidden_size, name)(rows).reshape(*x.shape[:2], heads, width)
-            for name in ("query", "key", "value")
+            self.dense(self.config.hidden_size, name)(of).reshape(len(x), -1, heads, width)
+            for name, of in (("query", asking), ("key", rows), ("value", rows))
         )
         if cache is not None:
             key, value = (
@@ -199,8 +220,8 @@ class Attention(Layer):
             cache = Cache(key, value, cache.start + x.shape[1])
         rate = self.config.attention_probs_dropout_prob
         rng = self.make_rng("dropout") if self.train and rate else None
-        causal = self.config.causal and cache is None
-        mixed = attention(query, key, value, mask, rng, rate, causal=causal).reshape(x.shape)
+        causal = self.config.causal and cache is None and positions is None
+        mixed = attention(query, key, value, mask, rng, rate, causal=causal).reshape(len(x), -1, x.shape[-1])
         return dense(self.config, self.execution, self.config.hidden_size, "output", residual=True)(mixed), cache
 
 
@@ -231,15 +252,18 @@ class Transformer(nn.Module):
         x: Float[Array, "B Q D"],
         mask: Bool[Array, "#B 1 #Q K"] | None,
         caches: tuple[Cache, ...] | None = None,
+        positions: Int[Array, "B P"] | None = None,
         *,
         train: bool,
         output_hidden_states: bool,
-    ) -> tuple[Float[Array, "B Q D"], tuple[Float[Array, "B Q D"], ...], tuple[Cache, ...] | None]:
+    ) -> tuple[Float[Array, "B P D"], tuple[Float[Array, "B Q D"], ...], tuple[Cache, ...] | None]:
         """Returns the last hidden state; on request the input of every layer and the last output; the caches.
 
         Args:
             mask: which keys each query sees; the keys are those of `x` or, with caches, all that a cache has room for.
             caches: one a layer, in the order of the layers; layers are then not scanned.
+            positions: where the last hidden state is wanted; default everywhere. The last layer computes no other,
+                unless all hidden states are asked for, or one compiled layer serves as every layer.
         """
         kind: Any = PostNormLayer if self.config.norm == "post" else PreNormLayer
         if self.execution.remat:
@@ -248,13 +272,17 @@ class Transformer(nn.Module):
             )
             kind = nn.remat(kind, prevent_cse=not self.execution.scan, policy=policy)
         states = [x]
+        fewer = positions is not None and positions.shape[1] < x.shape[1]
+        of_last = positions if fewer and not output_hidden_states and not self.execution.scan else None
 
-        def through(layer: Any, x: Array, cache: Cache | None = None) -> tuple[Array, Any]:
-            out, cache = layer(x, mask, cache)
+        def through(
+            layer: Any, x: Array, cache: Cache | None = None, positions: Array | None = None
+        ) -> tuple[Array, Any]:
+            out, cache = layer(x, of_queries(mask, positions), cache, positions)
             if train and self.config.layerdrop:
                 # What is dropped is computed all the same: devices and a scan run one program.
                 stays = jax.random.bernoulli(layer.make_rng("dropout"), 1 - self.config.layerdrop)
-                out = jnp.where(stays, out, x)
+                out = jnp.where(stays, out, at_positions(x, positions))
             return out, cache
 
         shared = kind(self.config, self.execution, train, name="shared_layer") if self.config.shared_layer else None
@@ -281,7 +309,8 @@ class Transformer(nn.Module):
             filled = []
             for index in range(self.config.num_hidden_layers):
                 layer = shared or kind(self.config, self.execution, train, name=f"layer_{index}")
-                x, cache = through(layer, x, None if caches is None else caches[index])
+                last = index == self.config.num_hidden_layers - 1
+                x, cache = through(layer, x, None if caches is None else caches[index], of_last if last else None)
                 states.append(x)
                 filled.append(cache)
             caches = None if caches is None else tuple(filled)
@@ -289,7 +318,35 @@ class Transformer(nn.Module):
             x = layer_norm(self.config, self.execution, "norm")(x)
             if self.config.normed_states:
                 states[-1] = x
+        if of_last is None:
+            x = at_positions(x, positions)
         return x, tuple(states) if output_hidden_states else (), caches
+
+
+def at_positions(x: Float[Array, "B L D"], positions: Int[Array, "B P"] | None) -> Float[Array, "B P D"]:
+    """The rows of `x` at these positions; all of them where there are none."""
+    return x if positions is None else jnp.take_along_axis(x, positions[..., None], axis=1)
+
+
+def of_queries(
+    mask: Bool[Array, "#B 1 #Q K"] | None, positions: Int[Array, "B P"] | None
+) -> Bool[Array, "#B 1 #P K"] | None:
+    """What the queries at these positions see; one that is not told apart by queries stays."""
+    if mask is None or positions is None or mask.shape[2] == 1:
+        return mask
+    return jnp.take_along_axis(mask, positions[:, None, :, None], axis=2)
+
+
+def encoder_products(config: TransformerConfig, length: int, queries: int) -> float:
+    """Multiply-adds of the matrix products of all layers for one row.
+
+    Args:
+        queries: positions of the row that the last layer computes its output for.
+    """
+    width = config.hidden_size
+    key_or_value, of_query = width**2, 2 * width**2 + 2 * width * config.intermediate_size + 2 * length * width
+    outputs = (config.num_hidden_layers - 1) * length + queries
+    return config.num_hidden_layers * length * 2 * key_or_value + outputs * of_query
 
 
 def over_rows(x: Float[Array, "*R I"], kernel: Float[Array, "I O"]) -> Float[Array, "*R O"]:

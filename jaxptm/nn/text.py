@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 
 from jaxptm.config import Positive, Share
-from jaxptm.nn.core import Cache, Dropout, Execution, Transformer, dense, layer_norm, visible_keys
+from jaxptm.nn.core import Cache, Dropout, Execution, Transformer, dense, encoder_products, layer_norm, visible_keys
 from jaxptm.nn.heads import CausalLmHead, Classifier, MlmHead, Pooler, ReplacedTokenHead
 from jaxptm.nn.model import ModelConfig, PretrainedModule
 from jaxptm.types import Array, JaxptmError
@@ -232,7 +232,7 @@ class TextModel(PretrainedModule):
 
     def flops(self, rows: int, length: int, targets: int = 0) -> float:
         """See `forward_flops`."""
-        return forward_flops(self.config, self.task, rows, length, targets)
+        return forward_flops(self.config, self.task, rows, length, targets, scan=self.execution.scan)
 
     @nn.compact
     def __call__(
@@ -260,6 +260,9 @@ class TextModel(PretrainedModule):
             caches: of the tokens before these (see `empty_caches`); the output `caches` holds these as well.
             train: dropout on; needs the rng `dropout`.
             output_hidden_states: adds `hidden_states`, one [B, L, D] before each layer and one after the last.
+
+        Where no more is wanted than the head needs, the last layer runs on the tokens that the head looks at: those of
+        `mlm_positions`, or the one that a row is classified by. It attends to all tokens as ever.
         """
         config, execution = self.config, self.execution
         rows = input_ids.shape[:-1]
@@ -281,17 +284,28 @@ class TextModel(PretrainedModule):
         if config.causal:
             start, keys = (0, x.shape[1]) if caches is None else (caches[0].start, caches[0].key.shape[1])
             causal = jnp.arange(keys)[None, :] <= (start + jnp.arange(x.shape[1]))[:, None]
+        first = jnp.zeros((len(input_ids), 1), jnp.int32)
+        match self.task:
+            case "masked-lm" | "causal-lm":
+                positions = mlm_positions
+            case "pretraining":
+                positions = None if mlm_positions is None else jnp.concatenate([first, mlm_positions], axis=1)
+            case "next-sentence" | "sequence-classification" | "multiple-choice":
+                positions = last_tokens(config, input_ids, attention_mask)[:, None] if config.causal else first
+            case _:
+                positions = None
         hidden, states, caches = Transformer(config, execution, name="encoder")(
             x,
             visible_keys(attention_mask, segment_ids, causal),
             caches,
+            positions,
             train=train,
             output_hidden_states=output_hidden_states,
         )
 
         def pool() -> Array:
             if config.causal:
-                return hidden[jnp.arange(len(hidden)), last_tokens(config, input_ids, attention_mask)]
+                return hidden[:, 0]
             drops = config.pooler_dropout and self.task == "sequence-classification"
             below = config.head_dropout(str(self.task)) if drops else 0.0
             return Pooler(config, execution, config.pooler_activation, below, name="pooler")(hidden, train=train)
@@ -302,14 +316,14 @@ class TextModel(PretrainedModule):
             rate = config.head_dropout(str(self.task))
             return Classifier(config, execution, labels, rate, bias, name=name)(x, train=train)
 
-        def predict_tokens(kind: type[MlmHead] | type[CausalLmHead], **options: Any) -> Array:
-            at = hidden if mlm_positions is None else jnp.take_along_axis(hidden, mlm_positions[..., None], axis=1)
+        def predict_tokens(hidden: Array, kind: type[MlmHead] | type[CausalLmHead], **options: Any) -> Array:
             table = embeddings.table if config.tie_word_embeddings else None
             sizes = (config.vocab_size, config.embedding_width)
-            return kind(config, execution, *sizes, **options)(at, table)
+            return kind(config, execution, *sizes, **options)(hidden, table)
 
-        def predict_masked() -> Array:
-            return predict_tokens(MlmHead, activation=config.mlm_activation or config.hidden_act, name="mlm_head")
+        def predict_masked(hidden: Array) -> Array:
+            activation = config.mlm_activation or config.hidden_act
+            return predict_tokens(hidden, MlmHead, activation=activation, name="mlm_head")
 
         def is_next() -> Array:
             return classify(pool(), 2, "nsp_head")
@@ -320,15 +334,16 @@ class TextModel(PretrainedModule):
                 if config.pooler:
                     out["pooler_output"] = pool()
             case "masked-lm":
-                out = {"logits": predict_masked()}
+                out = {"logits": predict_masked(hidden)}
             case "pretraining":
-                out = {"prediction_logits": predict_masked(), config.pair_logits: is_next()}
+                predicted = hidden if mlm_positions is None else hidden[:, 1:]
+                out = {"prediction_logits": predict_masked(predicted), config.pair_logits: is_next()}
             case "next-sentence":
                 out = {"logits": is_next()}
             case "replaced-token":
                 out = {"logits": ReplacedTokenHead(config, execution, name="replaced_token_head")(hidden)}
             case "causal-lm":
-                out = {"logits": predict_tokens(CausalLmHead, name="causal_lm_head")}
+                out = {"logits": predict_tokens(hidden, CausalLmHead, name="causal_lm_head")}
             case "sequence-classification":
                 out = {"logits": classify(pool(), config.num_labels)}
             case "token-classification":
@@ -371,21 +386,37 @@ def empty_caches(config: TextConfig, execution: Execution, rows: int, length: in
     return (Cache(empty, empty, jnp.zeros((), jnp.int32)),) * config.num_hidden_layers
 
 
-def forward_flops(config: TextConfig, task: str | None, rows: int, length: int, predictions: int) -> float:
+def queries_of_last_layer(task: str | None, length: int, predictions: int) -> int:
+    """Tokens a row that the last layer computes its output for, which are those that the head of `task` looks at."""
+    match task:
+        case "masked-lm" | "causal-lm":
+            return min(predictions, length)
+        case "pretraining":
+            return min(1 + predictions, length)
+        case "next-sentence" | "sequence-classification" | "multiple-choice":
+            return 1
+        case _:
+            return length
+
+
+def forward_flops(
+    config: TextConfig, task: str | None, rows: int, length: int, predictions: int, *, scan: bool = False
+) -> float:
     """Floating point operations of the matrix products of one forward pass, two a multiply-add.
 
-    The usual count for model FLOP utilisation: padding counts, and norms, activations and lookups do not. Causal
-    attention counts in full, as it is computed.
+    What is computed, and no more: padding counts, and norms, activations and lookups do not. Causal attention counts in
+    full. The last layer counts at the tokens that the head looks at, unless layers are scanned.
 
     Args:
         predictions: tokens a row that a language-model head runs on.
     """
-    width, inner, embedded = config.hidden_size, config.intermediate_size, config.embedding_width
-    token = config.num_hidden_layers * (4 * width**2 + 2 * width * inner + 2 * length * width)
+    width, embedded = config.hidden_size, config.embedding_width
+    queries = length if scan else queries_of_last_layer(task, length, predictions)
+    row = encoder_products(config, length, queries)
     if config.projects_embeddings:
-        token += embedded * width
+        row += length * embedded * width
     if task == "replaced-token":
-        token += width**2 + width
+        row += length * (width**2 + width)
     head = 0
     if task in ("masked-lm", "pretraining"):
         head += predictions * (width * embedded + embedded * config.vocab_size)
@@ -393,4 +424,4 @@ def forward_flops(config: TextConfig, task: str | None, rows: int, length: int, 
         head += predictions * embedded * config.vocab_size
     if task in POOLED_TASKS and not config.causal:
         head += width**2
-    return 2.0 * rows * (length * token + head)
+    return 2.0 * rows * (row + head)

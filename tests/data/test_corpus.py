@@ -16,6 +16,7 @@ import pytest
 from corpora import english, numbered_corpus, random_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from side_by_side import at_once
 
 from jaxptm.config import TextData
 from jaxptm.data import prepare as preparing
@@ -232,6 +233,13 @@ def test_a_killed_process_loses_nothing(tokenizer: Path, tmp_path: Path) -> None
     prepare(data, tmp_path / "killed", workers=1)
     prepare(data, tmp_path / "whole", workers=1)
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "whole")
+
+
+def test_two_processes_do_not_write_the_same_shards(files: Path, tokenizer: Path, tmp_path: Path) -> None:
+    data = TextData(files=str(files), tokenizer=str(tokenizer))
+    ours, theirs = at_once(lambda progress: prepare(data, tmp_path / "shared", workers=1, progress=progress))
+    assert ours == theirs == prepare(data, tmp_path / "alone", workers=1)
+    assert shard_bytes(tmp_path / "shared") == shard_bytes(tmp_path / "alone")
 
 
 def test_hosts_share_the_work(files: Path, tokenizer: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from recorded import damaged, tone, write_audio
+from side_by_side import at_once
 
 from jaxptm.config import RATE, AudioData
 from jaxptm.data import prepare_audio as recording
@@ -43,7 +44,7 @@ def audio(tmp_path: Path) -> Path:
 
 
 def shard_bytes(directory: Path) -> dict[str, bytes]:
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
@@ -153,6 +154,13 @@ def test_worker_processes_and_hosts_write_the_same(audio: Path, tmp_path: Path) 
     assert prepare_audio(data, tmp_path / "hosts", host=1, hosts=2, workers=1) is None
     assert prepare_audio(data, tmp_path / "hosts", host=0, hosts=2, workers=1) is not None
     assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two") == shard_bytes(tmp_path / "hosts")
+
+
+def test_two_processes_do_not_write_the_same_shards(audio: Path, tmp_path: Path) -> None:
+    data = AudioData(train=str(audio))
+    ours, theirs = at_once(lambda progress: prepare_audio(data, tmp_path / "shared", workers=1, progress=progress))
+    assert ours == theirs == prepare_audio(data, tmp_path / "alone", workers=1)
+    assert shard_bytes(tmp_path / "shared") == shard_bytes(tmp_path / "alone")
 
 
 def test_a_killed_process_loses_nothing(audio: Path, tmp_path: Path) -> None:

@@ -163,6 +163,50 @@ def test_scan_and_remat_change_nothing(norm: str, execution: Execution) -> None:
     assert oracle.computes_products_again(operations) == execution.remat
 
 
+@pytest.mark.parametrize(
+    ("norm", "execution", "shared"),
+    [
+        ("post", Execution(), False),
+        ("pre", Execution(), False),
+        ("post", Execution(remat=True), False),
+        ("pre", Execution(remat="dots"), False),
+        ("post", Execution(), True),
+        ("pre", Execution(scan=True), False),
+    ],
+    ids=["post", "pre", "post-remat", "pre-dots", "post-shared", "pre-scan"],
+)
+@pytest.mark.parametrize("told_apart", [False, True], ids=["one mask", "a mask a query"])
+def test_the_last_state_at_some_positions(norm: str, execution: Execution, shared: bool, told_apart: bool) -> None:
+    """Is that of all positions there, with its gradient; positions repeat, and are in no order."""
+    kind = type("Shared", (TransformerConfig,), {"shared_layer": True, "__annotations__": {}}) if shared else None
+    config = (kind or TransformerConfig)(**CONFIG.model_dump() | {"norm": norm})
+    params, x = random_params(config), hidden_input()
+    positions = jnp.asarray([[0, 5, 12], [3, 3, 1], [12, 0, 2], [4, 5, 6]])
+    mask = visible_keys(jnp.ones((BATCH, LENGTH), jnp.int32).at[1, 5:].set(0))
+    if told_apart:
+        mask &= jnp.asarray(np.random.default_rng(1).random((BATCH, 1, LENGTH, LENGTH)) < 0.7)
+
+    def loss(params: Params, x: Any, within: bool) -> Any:
+        stacked = stack_layers(params) if execution.scan else params
+        options = {"positions": positions} if within else {}
+        out, _ = forward(config, execution, stacked, x, mask, output_hidden_states=False, **options)
+        out = out if within else jnp.take_along_axis(out, positions[..., None], axis=1)
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, found), slope = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x, True)
+    (_, expected), whole_slope = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x, False)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), slope, whole_slope)
+
+
+def test_the_last_state_at_some_positions_where_layers_are_dropped() -> None:
+    config = CONFIG.model_copy(update={"layerdrop": 1.0})
+    positions = jnp.asarray([[0, 5, 12], [3, 3, 1], [12, 0, 2], [4, 5, 6]])
+    options: Any = {"train": True, "output_hidden_states": False, "positions": positions, "rngs": {"dropout": key(0)}}
+    out, _ = forward(config, Execution(), random_params(config), hidden_input(), None, **options)
+    np.testing.assert_array_equal(out, np.take_along_axis(hidden_input(), positions[..., None], axis=1))
+
+
 @pytest.mark.parametrize(("wanted", "count"), [(True, LAYERS + 1), (False, 0)])
 @pytest.mark.parametrize("scan", [False, True])
 def test_hidden_states_are_there_on_request(scan: bool, wanted: bool, count: int) -> None:

@@ -14,8 +14,17 @@ from jaxptm.models.bert import BertConfig
 from jaxptm.models.gpt2 import Gpt2Config
 from jaxptm.models.params import abstract_params, stacked
 from jaxptm.nn import core
-from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TASKS, TextEmbeddings, TextModel, _chosen, empty_caches, forward_flops
+from jaxptm.nn.core import Execution, encoder_products
+from jaxptm.nn.text import (
+    TASKS,
+    TextConfig,
+    TextEmbeddings,
+    TextModel,
+    _chosen,
+    empty_caches,
+    forward_flops,
+    queries_of_last_layer,
+)
 from jaxptm.ops.attention import attention
 from jaxptm.types import Params
 
@@ -92,7 +101,50 @@ def test_the_language_model_head_runs_at_chosen_positions(task: str, params: Par
     assert chosen[name].shape == (ROWS, 3, VOCABULARY)
     np.testing.assert_allclose(chosen[name], np.take_along_axis(whole[name], positions[..., None], axis=1), atol=2e-5)
     if task == "pretraining":
-        np.testing.assert_array_equal(chosen["seq_relationship_logits"], whole["seq_relationship_logits"])
+        np.testing.assert_allclose(chosen["seq_relationship_logits"], whole["seq_relationship_logits"], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        (CONFIG, "masked-lm"),
+        (CONFIG, "pretraining"),
+        (CONFIG, "next-sentence"),
+        (CONFIG, "sequence-classification"),
+        (CONFIG, "multiple-choice"),
+        (Gpt2Config(**oracle.SIZES), "causal-lm"),
+        (Gpt2Config(**oracle.SIZES), "sequence-classification"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_the_last_layer_computes_what_the_head_looks_at(config: TextConfig, task: str) -> None:
+    """The same logits and gradients as where all of its output is wanted, in padded rows of packed documents."""
+    module, shape = TextModel(config, task), (2, 2, LENGTH) if task == "multiple-choice" else (ROWS, LENGTH)
+    inputs = {
+        "attention_mask": jnp.asarray([[1] * 13, [1] * 6 + [0] * 7, [1] * 11 + [0] * 2, [1] * 12 + [0]]),
+        "segment_ids": jnp.asarray([[1] * 13, [1] * 6 + [0] * 7, [1] * 4 + [2] * 7 + [0] * 2, [1] + [2] * 11 + [0]]),
+    }
+    inputs = {name: value.reshape(shape) for name, value in inputs.items()}
+    if task in ("masked-lm", "pretraining", "causal-lm"):
+        inputs["mlm_positions"] = jnp.asarray([[0, 5, 12], [3, 3, 1], [12, 0, 2], [4, 5, 6]])
+
+    def loss(params: Params, every: bool) -> Any:
+        out = module.apply({"params": params}, ids(*shape), **inputs, output_hidden_states=every)
+        logits = {name: value for name, value in out.items() if name != "hidden_states"}
+        return sum(jnp.sin(value).sum() for value in logits.values()), logits
+
+    params = oracle.random_params(abstract_params(module))
+    (_, logits), slope = jax.value_and_grad(loss, has_aux=True)(params, False)
+    (_, expected), whole_slope = jax.value_and_grad(loss, has_aux=True)(params, True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), logits, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), slope, whole_slope)
+    rows_of_products = [
+        oracle.product_flops(oracle.equations(lambda params, every=every: loss(params, every)[0], params))
+        for every in (False, True)
+    ]
+    queries = queries_of_last_layer(task, LENGTH, 3)
+    every = encoder_products(config, LENGTH, LENGTH) - encoder_products(config, LENGTH, queries)
+    assert rows_of_products[1] - rows_of_products[0] == 2 * ROWS * every > 0
 
 
 def test_token_type_and_position_tables_are_used(params: Params) -> None:
