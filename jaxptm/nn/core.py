@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from jaxptm.config import Config, Positive, Share
 from jaxptm.nn.activations import ACTIVATIONS
-from jaxptm.ops.attention import attention, suits_rows
+from jaxptm.ops.attention import attention
 from jaxptm.ops.dropout import dropout
 from jaxptm.ops.norm import normalise
 from jaxptm.types import Array, Params
@@ -221,9 +221,7 @@ class Attention(Layer):
         rate = self.config.attention_probs_dropout_prob
         rng = self.make_rng("dropout") if self.train and rate else None
         causal = self.config.causal and cache is None and positions is None
-        by_rows = not self.train and suits_rows(query)
-        mixed = attention(query, key, value, mask, rng, rate, causal=causal, by_rows=by_rows)
-        mixed = mixed.reshape(len(x), -1, x.shape[-1])
+        mixed = attention(query, key, value, mask, rng, rate, causal=causal).reshape(len(x), -1, x.shape[-1])
         return dense(self.config, self.execution, self.config.hidden_size, "output", residual=True)(mixed), cache
 
 

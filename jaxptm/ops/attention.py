@@ -26,7 +26,6 @@ def attention(
     *,
     causal: bool = False,
     tiled: bool | None = None,
-    by_rows: bool = False,
 ) -> Float[Array, "B Q H W"]:
     """softmax(q kT / sqrt(W)) v for each head; scores and softmax are float32 whatever the type of the inputs.
 
@@ -37,7 +36,6 @@ def attention(
         causal: as the mask says, too, no query sees a key after it. The kernels then leave those out, even for a query
             that sees no key at all.
         tiled: by kernels that keep the weights out of a GPU's memory; default where `runs_tiles` and `fits_tiles`.
-        by_rows: one row after another, where no dropout is; see `suits_rows`.
     """
     if causal and mask is None:
         raise ValueError("`causal` says what the mask has; give the mask as well")
@@ -51,14 +49,6 @@ def attention(
         from jaxptm.ops.tiles import attention_in_tiles  # Pallas takes long to import, and not every jax has its Triton
 
         return attention_in_tiles(query, key, value, mask, rng, rate, causal)
-    if by_rows and rng is None:
-        masks = None if mask is None else jnp.broadcast_to(mask, (len(query), *mask.shape[1:]))
-
-        def of_row(row: tuple[Array, Array, Array, Array | None]) -> Array:
-            query, key, value, mask = jax.tree.map(lambda part: part[None], row)
-            return attention(query, key, value, mask, tiled=False)[0]
-
-        return jax.lax.map(of_row, (query, key, value, masks))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, UNSEEN)
@@ -71,16 +61,6 @@ def attention(
 def fits_tiles(query: Float[Array, "B Q H W"]) -> bool:
     """Whether the kernels are for inputs like these: half precision, several queries, a width of 16, 32, 64 or 128."""
     return query.dtype.itemsize == 2 and query.shape[1] > 1 and query.shape[-1] in (16, 32, 64, 128)
-
-
-def suits_rows(query: Float[Array, "B Q H W"]) -> bool:
-    """Whether attention that nobody differentiates is faster one row after another: on one CPU device, from 8 rows of
-    several queries on.
-
-    A row's weights then stay in the processor's cache. Backwards it is slower (docs/speed.md), and over several devices
-    each would be sent all rows.
-    """
-    return jax.default_backend() == "cpu" and jax.device_count() == 1 and len(query) >= 8 and query.shape[1] > 1
 
 
 @cache

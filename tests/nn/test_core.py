@@ -207,22 +207,6 @@ def test_the_last_state_at_some_positions_where_layers_are_dropped() -> None:
     np.testing.assert_array_equal(out, np.take_along_axis(hidden_input(), positions[..., None], axis=1))
 
 
-def test_rows_attend_one_after_another_where_nobody_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    params, x = random_params(CONFIG), jnp.concatenate([hidden_input()] * 2)
-    mask = visible_keys(jnp.ones((2 * BATCH, LENGTH), jnp.int32).at[1, 5:].set(0))
-
-    def run(train: bool) -> Any:
-        config = CONFIG.model_copy(update={"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0})
-        options: Any = {"train": train, "output_hidden_states": False, "rngs": {"dropout": key(0)}}
-        return lambda params: forward(config, Execution(), params, x, mask, **options)[0]
-
-    expected = run(False)(params)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    np.testing.assert_allclose(run(False)(params), expected, atol=2e-5)
-    loops = ["scan" in str(jax.make_jaxpr(run(train))(params)) for train in (False, True)]
-    assert loops == [True, False]
-
-
 @pytest.mark.parametrize(("wanted", "count"), [(True, LAYERS + 1), (False, 0)])
 @pytest.mark.parametrize("scan", [False, True])
 def test_hidden_states_are_there_on_request(scan: bool, wanted: bool, count: int) -> None:

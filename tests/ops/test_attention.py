@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxptm.ops.attention import attention, fits_tiles, runs_tiles, suits_rows
+from jaxptm.ops.attention import attention, fits_tiles, runs_tiles
 from jaxptm.ops.dropout import kept
 
 MASKS = ["none", "padding", "rows", "causal"]
@@ -67,31 +67,6 @@ def in_float64(arrays: list[jax.Array], mask: jax.Array | None, rate: float) -> 
         np.einsum("bhqk,bqhw->bkhw", to_scores, query),
         np.einsum("bhqk,bqhw->bkhw", drops * weights, slope),
     ]
-
-
-@pytest.mark.parametrize("kind", MASKS)
-def test_one_row_after_another_is_the_same(kind: str) -> None:
-    *operands, slope = inputs(3, 30, 40, 2, 16)
-    mask = masked(kind, 3, 30, 40)
-
-    def with_gradients(*operands: jax.Array, by_rows: bool) -> list[jax.Array]:
-        out, backward = jax.vjp(partial(attention, mask=mask, by_rows=by_rows), *operands)
-        return [out, *backward(slope)]
-
-    programs = {by_rows: jax.jit(partial(with_gradients, by_rows=by_rows)) for by_rows in (False, True)}
-    for ours, expected in zip(programs[True](*operands), programs[False](*operands), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=2e-6)
-    loops = ["scan" in str(program.trace(*operands).jaxpr) for program in programs.values()]
-    assert loops == [False, True]
-
-
-def test_rows_follow_each_other_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    eight, seven, one_query = (jnp.ones(shape) for shape in ((8, 5, 2, 16), (7, 5, 2, 16), (8, 1, 2, 16)))
-    assert not suits_rows(eight)  # here are eight devices
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert [suits_rows(query) for query in (eight, seven, one_query)] == [True, False, False]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not suits_rows(eight)
 
 
 @pytest.mark.parametrize("tiled", [False, True], ids=["xla", "tiles"])
