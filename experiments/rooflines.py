@@ -16,7 +16,7 @@ from jaxptm.cost import Device, StepCost, step_cost
 from jaxptm.models import PRESETS
 from jaxptm.models.electra import ElectraConfig
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 
 H100 = Device("H100 SXM", flops=989e12, memory=80e9, memory_bandwidth=3.35e12, link_bandwidth=450e9)
 PASSES = 2

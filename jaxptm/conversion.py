@@ -26,7 +26,7 @@ from jaxptm.hf.files import (
 from jaxptm.metrics import versions
 from jaxptm.models.params import flatten
 from jaxptm.nn.audio_config import AudioConfig
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.original import find_original, rewrite
 from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.storage import is_remote

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from jaxptm.models.params import abstract_params
 from jaxptm.nn.core import Execution, PostNormLayer, PreNormLayer, encoder_products
-from jaxptm.nn.text import TextConfig, TextModel, forward_flops, queries_of_last_layer
+from jaxptm.nn.text import TextModel, forward_flops, queries_of_last_layer
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.parallel import partition
 from jaxptm.types import Array, JaxptmError, Params
 
@@ -159,25 +160,24 @@ def step_cost(
         "dots": 4.0 * here * outputs * length * config.hidden_size / tensor,  # scores, and what they mix
     }[execution.remat]
 
-    # Activations, bytes a row: of all layers, what is kept of them, and what is kept before and after the layers.
-    everything = replace(execution, remat=False)
+    # Activations, bytes a row: of one layer, of all of them, and of what comes before and after them. Dropout keeps
+    # nothing, since its masks are drawn again, but what it lets through (`train`) is written and read.
+    without_remat = replace(execution, remat=False)
 
     def of_layer(execution: Execution, queries: int = length, train: bool = False) -> float:
         return _kept_by_layer(config, execution, length, queries, tensor, train)
 
-    def by_parts(train: bool) -> tuple[float, float, float]:
-        return (
-            (layers - 1) * of_layer(everything, train=train) + of_layer(everything, queries, train),
-            (layers - 1) * of_layer(execution, train=train) + of_layer(execution, queries, train),
-            _kept_by_ends(config, task, execution, length, predictions, train),
-        )
+    def of_layers(execution: Execution, train: bool) -> float:
+        return (layers - 1) * of_layer(execution, train=train) + of_layer(execution, queries, train)
 
-    _, kept, ends = by_parts(train=False)  # without dropout's: its masks are drawn again
-    full_moved, kept_moved, ends_moved = by_parts(train=True)  # but what it lets through is written and read
+    def of_ends(train: bool) -> float:
+        return _kept_by_ends(config, task, execution, length, predictions, train)
+
+    moved = 1.5 * of_layers(without_remat, train=True) - 0.5 * of_layers(execution, train=True) + of_ends(train=True)
     logits = 4.0 * predictions * config.vocab_size / _parts(config.vocab_size, tensor) if has_head else 0.0
     # And what is held for a while: the logits with their gradient; later a layer's gradients, and what it computes
     # again. Gradients take about half of the layer's activations, because each goes when the next is there.
-    passing = max(2 * logits, 1.5 * of_layer(everything) - of_layer(execution))
+    passing = max(2 * logits, 1.5 * of_layer(without_remat) - of_layer(execution))
     # Weights beside the stored ones: cast to the type of the computation, or gathered. A scan gathers layer by layer.
     copies = weights.count * compute / (fsdp if execution.scan else 1) if cast else 0.0
     if fsdp > 1 and execution.scan:
@@ -195,13 +195,13 @@ def step_cost(
         parameters=weights.stored,
         optimizer=moments * 4 / weights.itemsize * weights.stored,  # in float32, whatever the parameters are
         gradients=4 / weights.itemsize * weights.stored * (2 if accumulate > 1 else 1),
-        activations=here / accumulate * (kept + ends + passing) + copies,
+        activations=here / accumulate * (of_layers(execution, train=False) + of_ends(train=False) + passing) + copies,
         traffic={
             # Parameters and moments are read and written; gradients are written, read for their norm, and read again.
             "optimizer": (2 + 3 + 2 * moments * 4 / weights.itemsize) * weights.stored,
             # A product and its two gradients each touch the weights; before that they are cast.
             "weights": accumulate * weights.count * (3 * compute + (weights.itemsize + compute if cast else 0)),
-            "activations": 2 * here * (1.5 * full_moved - 0.5 * kept_moved + ends_moved + logits),
+            "activations": 2 * here * (moved + logits),
         },
         collectives=_collectives(
             weights, execution, here * sums * config.hidden_size * compute, accumulate, data, fsdp, tensor

@@ -25,7 +25,8 @@ from jaxptm.models.params import abstract_params, flatten, initialise, unflatten
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.core import Execution
 from jaxptm.nn.model import BODY, KEPT, ModelConfig, PretrainedModule
-from jaxptm.nn.text import TextConfig, TextModel
+from jaxptm.nn.text import TextModel
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.types import JaxptmError, Params
 
 log = logging.getLogger("jaxptm")

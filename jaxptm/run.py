@@ -24,7 +24,7 @@ from jaxptm.data.text import PackedSentences, SentencePairs, TextSource, TokenSt
 from jaxptm.data.tokenizer import filler, load_tokenizer, special_tokens
 from jaxptm.directories import digest, prepared_directory
 from jaxptm.hosts import exchange, is_main, together
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.objectives import Objective
 from jaxptm.pretrained import Model
 from jaxptm.recipe import make_objective

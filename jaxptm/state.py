@@ -18,7 +18,7 @@ from jaxptm.config import FineTuningConfig
 from jaxptm.hf import files
 from jaxptm.hosts import together
 from jaxptm.models.params import flatten, map_params, stacked, unstacked
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.objectives import Objective
 from jaxptm.optim import optimizer, stop_frozen
 from jaxptm.parallel import Update, compile_update, mapped_axis, shardings

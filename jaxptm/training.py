@@ -38,7 +38,8 @@ from jaxptm.metrics import (
 )
 from jaxptm.models import family_of
 from jaxptm.models.params import unstacked
-from jaxptm.nn.text import TextConfig, TextModel
+from jaxptm.nn.text import TextModel
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.objectives import Objective
 from jaxptm.optim import decayed_leaves, optimizer, schedule
 from jaxptm.parallel import check_tensor, host_rows, make_mesh, matmul_ceiling, put_batch

@@ -16,10 +16,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compare import BOTH, SIDES, machine, start
+from turns import Side
 from work import WORK
 
 
@@ -54,6 +56,30 @@ def largest(
     return fits * multiple, peaks
 
 
+def tried(
+    side: str, begin: Callable[[int], Side | str], limit: float, about: dict[str, Any], rows: int
+) -> float | None:
+    """The peak of a process that takes two steps of so many rows; None where they do not fit.
+
+    Args:
+        about: gets what the side says of itself; as long as it is empty, a side that does not begin ends the program.
+    """
+    process = begin(rows)
+    if isinstance(process, str) and not about:
+        sys.exit(f"{side}, {rows} rows: {process}")
+    try:
+        if isinstance(process, str):
+            raise RuntimeError(process)
+        held = process.steps(1)["peak"]
+    except RuntimeError:
+        print(f"{side}: {rows} rows do not run", file=sys.stderr, flush=True)
+        return None
+    about |= process.about
+    process.close()
+    print(f"{side}: {rows} rows take {held / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+    return held if held <= limit or about["device"] != "cpu" else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -70,25 +96,10 @@ def main() -> None:
     limit, found = arguments.gib * 2**30, {}
     for side in arguments.sides:
         about: dict[str, Any] = {}
-
-        def peak(rows: int, side: str = side, about: dict[str, Any] = about) -> float | None:
-            process = start(arguments.work, side, arguments.environments, rows, arguments.dtype)
-            if isinstance(process, str):
-                if not about:
-                    sys.exit(f"{side}, {rows} rows: {process}")
-                print(f"{side}: {rows} rows do not run", file=sys.stderr, flush=True)
-                return None
-            about |= process.about
-            try:
-                held = process.steps(1)["peak"]
-            except RuntimeError:
-                print(f"{side}: {rows} rows do not run", file=sys.stderr, flush=True)
-                return None
-            process.close()
-            print(f"{side}: {rows} rows take {held / 2**30:.2f} GiB", file=sys.stderr, flush=True)
-            return held if held <= limit or about["device"] != "cpu" else None
-
-        rows, peaks = largest(peak, WORK[arguments.work].rows, limit, arguments.multiple)
+        begin = partial(start, arguments.work, side, arguments.environments, dtype=arguments.dtype)
+        rows, peaks = largest(
+            partial(tried, side, begin, limit, about), WORK[arguments.work].rows, limit, arguments.multiple
+        )
         found[side] = about | {"rows": rows, "peak_bytes": peaks}
         settings = {"work": arguments.work, "dtype": arguments.dtype, "gib": arguments.gib, "machine": machine()}
         result = settings | {"date": f"{datetime.date.today()}", "multiple": arguments.multiple, "sides": found}

@@ -8,7 +8,7 @@ from jaxptm.config import Positive, Share
 from jaxptm.hf.table import TRANSPOSE, Row, Table, dense, norm
 from jaxptm.models.family import Family
 from jaxptm.models.rows import bert_embeddings, labels, mlm_head
-from jaxptm.nn.text import POOLED_TASKS, TextConfig
+from jaxptm.nn.text_config import POOLED_TASKS, TextConfig
 
 
 class AlbertConfig(TextConfig):

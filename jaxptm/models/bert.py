@@ -7,7 +7,7 @@ from typing import Literal
 from jaxptm.hf.table import Table, dense
 from jaxptm.models.family import Family
 from jaxptm.models.rows import bert_embeddings, bert_layers, labels, mlm_head
-from jaxptm.nn.text import POOLED_TASKS, TextConfig
+from jaxptm.nn.text_config import POOLED_TASKS, TextConfig
 
 
 class BertConfig(TextConfig):

@@ -10,7 +10,7 @@ from jaxptm.config import Positive, Share
 from jaxptm.hf.table import Table, dense, norm
 from jaxptm.models.family import Family
 from jaxptm.models.rows import bert_embeddings, labels, mlm_head
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 
 
 class DistilBertConfig(TextConfig):

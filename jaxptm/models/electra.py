@@ -10,7 +10,7 @@ from jaxptm.config import Positive, Share, validate
 from jaxptm.hf.table import Table, dense
 from jaxptm.models.family import Family
 from jaxptm.models.rows import bert_embeddings, bert_layers, labels, mlm_head
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.types import JaxptmError
 
 Multiple = Annotated[float, Field(gt=0, le=1)]

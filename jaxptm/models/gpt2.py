@@ -11,7 +11,7 @@ from jaxptm.config import Positive
 from jaxptm.hf.table import TRANSPOSE, Row, Table, norm, split
 from jaxptm.models.family import Family
 from jaxptm.models.rows import labels
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 
 
 class Gpt2Config(TextConfig):

@@ -10,7 +10,7 @@ import flax.linen as nn
 from jaxptm.hf.table import Table, dense
 from jaxptm.models.family import Family
 from jaxptm.models.rows import bert_embeddings, bert_layers, labels, mlm_head
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 
 
 class RobertaConfig(TextConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxptm.hf.table import Row, Table, dense, norm
-from jaxptm.nn.text import TextConfig
+from jaxptm.nn.text_config import TextConfig
 
 
 def bert_embeddings(config: TextConfig, prefix: str) -> list[Row]:

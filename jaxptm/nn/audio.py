@@ -15,20 +15,10 @@ from jaxtyping import Bool, Float, Int
 from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.convolution import grouped_convolution
-from jaxptm.nn.core import (
-    Dropout,
-    Execution,
-    Norm,
-    Transformer,
-    at_positions,
-    encoder_products,
-    layer_norm,
-    linear,
-    spread,
-    visible_keys,
-)
+from jaxptm.nn.core import Execution, Transformer, at_positions, encoder_products, layer_norm, linear, visible_keys
 from jaxptm.nn.heads import Classifier, ContrastiveHead, FrameClassifier
 from jaxptm.nn.model import PretrainedModule
+from jaxptm.nn.primitives import Dropout, Norm, spread
 from jaxptm.types import Array
 
 TASKS = ("ctc", "sequence-classification", "contrastive")

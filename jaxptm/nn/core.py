@@ -17,9 +17,8 @@ from pydantic import Field, model_validator
 
 from jaxptm.config import Config, Positive, Share
 from jaxptm.nn.activations import ACTIVATIONS
+from jaxptm.nn.primitives import Dense, Dropout, Norm
 from jaxptm.ops.attention import attention
-from jaxptm.ops.dropout import dropout
-from jaxptm.ops.norm import normalise
 from jaxptm.types import Array, Params
 
 
@@ -117,15 +116,6 @@ def visible_keys(
     if causal is not None:
         parts.append(causal[None, None])
     return reduce(jnp.logical_and, parts) if parts else None
-
-
-class Dropout(nn.Module):
-    """In training, drops a share `rate` of the elements by the rng `dropout` (see `ops.dropout`)."""
-
-    rate: float
-
-    def __call__(self, x: Float[Array, "B ..."], *, train: bool) -> Float[Array, "B ..."]:
-        return dropout(x, self.make_rng("dropout"), self.rate) if train and self.rate else x
 
 
 class Layer(nn.Module):
@@ -349,41 +339,6 @@ def encoder_products(config: TransformerConfig, length: int, queries: int) -> fl
     return config.num_hidden_layers * length * 2 * key_or_value + outputs * of_query
 
 
-def over_rows(x: Float[Array, "*R I"], kernel: Float[Array, "I O"]) -> Float[Array, "*R O"]:
-    """x times the kernel, with all leading axes as one.
-
-    The product is the same. But the gradient of the kernel then sums over one axis, for which XLA on CPUs has a form
-    that neither transposes its operands nor computes them again: a quarter less time for a feed-forward layer.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-
-
-def spread(vector: Float[Array, " D"], x: Float[Array, "*R D"]) -> Float[Array, "*R D"]:
-    """The vector in every row, in the type of `x`.
-
-    Its gradient is summed over the rows in float32. In bfloat16 the sum of some thousands loses up to half of itself.
-    """
-    return jnp.broadcast_to(vector.astype(jnp.float32), x.shape).astype(x.dtype)
-
-
-class Dense(nn.Module):
-    """x W + b."""
-
-    features: int
-    kernel_init: nn.initializers.Initializer
-    use_bias: bool = True
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*R I"]) -> Float[Array, "*R O"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        y = over_rows(x.astype(self.dtype), kernel.astype(self.dtype))
-        if not self.use_bias:
-            return y
-        return y + spread(self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype), y)
-
-
 def dense(
     config: TransformerConfig,
     execution: Execution,
@@ -408,21 +363,6 @@ def linear(execution: Execution, features: int, name: str) -> Dense:
     """A dense layer outside of the transformer that begins as those of torch do, uniform in 1 / sqrt(inputs)."""
     init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return Dense(features, init, dtype=execution.dtype, param_dtype=execution.param_dtype, name=name)
-
-
-class Norm(nn.Module):
-    """Over the last axis, or another (see `ops.norm`)."""
-
-    epsilon: float
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    axis: int = -1
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*R D"], shares: Float[Array, ...] | None = None) -> Float[Array, "*R D"]:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        return normalise(x, scale, bias, self.epsilon, self.dtype, self.axis, shares)
 
 
 def layer_norm(config: TransformerConfig, execution: Execution, name: str | None) -> Norm:

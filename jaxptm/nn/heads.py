@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from jaxptm.nn.activations import ACTIVATIONS
-from jaxptm.nn.core import Dropout, Execution, TransformerConfig, dense, layer_norm, linear, logits, spread
+from jaxptm.nn.core import Execution, TransformerConfig, dense, layer_norm, linear, logits
+from jaxptm.nn.primitives import Dropout, spread
 from jaxptm.nn.quantizer import GumbelQuantizer, perplexity
 from jaxptm.types import Array
 

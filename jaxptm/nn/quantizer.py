@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from jaxptm.nn.core import Dense, Execution
+from jaxptm.nn.core import Execution
+from jaxptm.nn.primitives import Dense
 from jaxptm.types import Array, Mean
 
 

@@ -2,162 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 
-from jaxptm.config import Positive, Share
-from jaxptm.nn.core import Cache, Dropout, Execution, Transformer, dense, encoder_products, layer_norm, visible_keys
+from jaxptm.nn.core import Cache, Execution, Transformer, dense, encoder_products, layer_norm, visible_keys
 from jaxptm.nn.heads import CausalLmHead, Classifier, MlmHead, Pooler, ReplacedTokenHead
-from jaxptm.nn.model import ModelConfig, PretrainedModule
-from jaxptm.types import Array, JaxptmError
-
-TASKS = (
-    "masked-lm",
-    "pretraining",
-    "next-sentence",
-    "replaced-token",
-    "causal-lm",
-    "sequence-classification",
-    "token-classification",
-    "multiple-choice",
-    "question-answering",
-)
-PRETRAINING_TASKS = ("masked-lm", "pretraining", "replaced-token", "causal-lm")
-"""Heads that learn from text alone."""
-POOLED_TASKS = ("pretraining", "next-sentence", "sequence-classification", "multiple-choice")
-
-
-class TextConfig(ModelConfig):
-    """A transformer over token ids."""
-
-    vocab_size: Positive = 30522
-    max_position_embeddings: Positive = 512
-    type_vocab_size: Annotated[int, Field(ge=0)] = 2
-    embedding_size: Positive | None = None
-    """Width of the embeddings, where it is not `hidden_size`: a projection lies between."""
-    embedding_dropout_prob: Share | None = None
-    """Dropout behind the embeddings; `hidden_dropout_prob` where it is null."""
-    pad_token_id: Annotated[int, Field(ge=0)] | None = 0
-    tie_word_embeddings: bool = True
-    classifier_dropout: Share | None = None
-    """Dropout under a classification head; `hidden_dropout_prob` where it is null."""
-    pooler: bool = True
-    """Whether the bare encoder has a pooler; heads that need one have it regardless."""
-
-    input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
-    own_fields: ClassVar[tuple[str, ...]] = (*ModelConfig.own_fields, "pooler")
-    optional_keys: ClassVar[tuple[str, ...]] = (
-        *ModelConfig.optional_keys,
-        "embedding_size",
-        "embedding_dropout_prob",
-        "type_vocab_size",
-    )
-    embedding_norm: ClassVar[bool] = True
-    embedding_projection: ClassVar[Literal["never", "between widths", "always"]] = "never"
-    """Whether the embeddings are projected to `hidden_size`; `never`: they have this width."""
-    counts_tokens: ClassVar[bool] = False
-    """Positions count the tokens that are not padding, from `pad_token_id + 1` on (RoBERTa)."""
-    pooler_activation: ClassVar[str] = "tanh"
-    pooler_dropout: ClassVar[bool] = False
-    """Dropout below the pooler, too, when it serves sequence-classification."""
-    mlm_activation: ClassVar[str | None] = None
-    """Of the masked-LM head, where it is not `hidden_act`."""
-    sentence_order: ClassVar[bool] = False
-    """`pretraining` asks whether two segments stand in their order (ALBERT), and not whether B follows A."""
-
-    @model_validator(mode="after")
-    def _check_widths(self) -> TextConfig:
-        if self.embedding_projection == "never" and self.embedding_width != self.hidden_size:
-            raise ValueError(
-                f"`embedding_size` {self.embedding_size} is not `hidden_size` {self.hidden_size}, "
-                "and this family has no projection between the two"
-            )
-        return self
-
-    @property
-    def embedding_width(self) -> int:
-        return self.embedding_size or self.hidden_size
-
-    @property
-    def projects_embeddings(self) -> bool:
-        return self.embedding_projection == "always" or self.embedding_width != self.hidden_size
-
-    @property
-    def pair_logits(self) -> str:
-        """Name of the output of `pretraining` that judges a pair of segments."""
-        return "sop_logits" if self.sentence_order else "seq_relationship_logits"
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a row may have."""
-        return self.max_position_embeddings - self.first_position
-
-    @property
-    def first_position(self) -> int:
-        return (self.pad_token_id or 0) + 1 if self.counts_tokens else 0
-
-    def head_dropout(self, task: str) -> float:
-        """Dropout under the classifier of `task`."""
-        if task in ("pretraining", "next-sentence", "question-answering"):
-            return 0.0
-        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
-
-    def checked_inputs(self, task: str | None, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inputs of a call, as int32.
-
-        Args:
-            arrays: integers of one shape [B, L] (multiple-choice: [B, C, L]): `input_ids`, and if wanted
-                `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids`; and `mlm_positions` [B, P].
-
-        Raises:
-            JaxptmError: an input without a name here, of another shape, or with an id outside its table.
-        """
-        if "input_ids" not in arrays:
-            raise JaxptmError("give the model `input_ids`, an integer array of shape [batch, length].")
-        ids = arrays["input_ids"]
-        axes = "[batch, choices, length]" if task == "multiple-choice" else "[batch, length]"
-        if ids.ndim != axes.count(",") + 1:
-            raise JaxptmError(f"`input_ids` has shape {list(ids.shape)}, expected {axes}.")
-        # XLA clamps or wraps an index outside a table without a word, so look before.
-        limits = {
-            "input_ids": self.vocab_size,
-            "token_type_ids": self.type_vocab_size,
-            "position_ids": self.max_position_embeddings,
-            "attention_mask": 2,
-            "segment_ids": np.iinfo(np.int32).max,
-            "mlm_positions": ids.shape[-1],
-        }
-        for name, array in arrays.items():
-            if name not in limits:
-                raise JaxptmError(f"the model has no input `{name}`, only {', '.join(limits)}.")
-            fits = array.shape[:-1] == ids.shape[:-1] if name == "mlm_positions" else array.shape == ids.shape
-            if not fits:
-                raise JaxptmError(f"`{name}` has shape {list(array.shape)}, `input_ids` {list(ids.shape)}.")
-            if array.dtype.kind not in "iub":
-                raise JaxptmError(f"`{name}` holds {array.dtype}, expected integers.")
-            if name == "token_type_ids" and not limits[name]:
-                if array.any():
-                    raise JaxptmError(
-                        f"`{name}` goes from {array.min()} to {array.max()}; the model tells no types apart: leave "
-                        "them out."
-                    )
-                continue
-            if array.size and not 0 <= array.min() <= array.max() < limits[name]:
-                raise JaxptmError(
-                    f"`{name}` goes from {array.min()} to {array.max()}; the model takes 0 to {limits[name] - 1}."
-                )
-        if "position_ids" not in arrays and ids.shape[-1] > self.max_length:
-            raise JaxptmError(
-                f"the input is {ids.shape[-1]} tokens long, the model takes {self.max_length}; "
-                "truncate it (tokenizer(..., truncation=True))."
-            )
-        return {name: array.astype(np.int32) for name, array in arrays.items()}
+from jaxptm.nn.model import PretrainedModule
+from jaxptm.nn.primitives import Dropout
+from jaxptm.nn.text_config import POOLED_TASKS, TASKS, TextConfig
+from jaxptm.types import Array
 
 
 class TextEmbeddings(nn.Module):
@@ -284,21 +140,11 @@ class TextModel(PretrainedModule):
         if config.causal:
             start, keys = (0, x.shape[1]) if caches is None else (caches[0].start, caches[0].key.shape[1])
             causal = jnp.arange(keys)[None, :] <= (start + jnp.arange(x.shape[1]))[:, None]
-        first = jnp.zeros((len(input_ids), 1), jnp.int32)
-        match self.task:
-            case "masked-lm" | "causal-lm":
-                positions = mlm_positions
-            case "pretraining":
-                positions = None if mlm_positions is None else jnp.concatenate([first, mlm_positions], axis=1)
-            case "next-sentence" | "sequence-classification" | "multiple-choice":
-                positions = last_tokens(config, input_ids, attention_mask)[:, None] if config.causal else first
-            case _:
-                positions = None
         hidden, states, caches = Transformer(config, execution, name="encoder")(
             x,
             visible_keys(attention_mask, segment_ids, causal),
             caches,
-            positions,
+            head_positions(config, self.task, input_ids, attention_mask, mlm_positions),
             train=train,
             output_hidden_states=output_hidden_states,
         )
@@ -386,8 +232,28 @@ def empty_caches(config: TextConfig, execution: Execution, rows: int, length: in
     return (Cache(empty, empty, jnp.zeros((), jnp.int32)),) * config.num_hidden_layers
 
 
+def head_positions(
+    config: TextConfig,
+    task: str | None,
+    input_ids: Int[Array, "B L"],
+    attention_mask: Int[Array, "B K"] | None,
+    mlm_positions: Int[Array, "B P"] | None,
+) -> Int[Array, "B Q"] | None:
+    """Where the head of `task` looks at the last hidden state, what classifies a row first; None: everywhere."""
+    first = jnp.zeros((len(input_ids), 1), jnp.int32)
+    match task:
+        case "masked-lm" | "causal-lm":
+            return mlm_positions
+        case "pretraining":
+            return None if mlm_positions is None else jnp.concatenate([first, mlm_positions], axis=1)
+        case "next-sentence" | "sequence-classification" | "multiple-choice":
+            return last_tokens(config, input_ids, attention_mask)[:, None] if config.causal else first
+        case _:
+            return None
+
+
 def queries_of_last_layer(task: str | None, length: int, predictions: int) -> int:
-    """Tokens a row that the last layer computes its output for, which are those that the head of `task` looks at."""
+    """How many tokens of a row the last layer computes its output for: those of `head_positions`."""
     match task:
         case "masked-lm" | "causal-lm":
             return min(predictions, length)

@@ -21,7 +21,8 @@ from jaxptm.models.bert import FAMILY, BertConfig
 from jaxptm.models.params import abstract_params, flatten
 from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TASKS, TextModel
+from jaxptm.nn.text import TextModel
+from jaxptm.nn.text_config import TASKS
 from jaxptm.pretrained import from_pretrained
 
 TOLERANCE = 2e-5

@@ -24,7 +24,8 @@ from jaxptm.models.gpt2 import Gpt2Config
 from jaxptm.models.params import abstract_params, flatten, initialise, stacked, unstacked
 from jaxptm.models.roberta import RobertaConfig
 from jaxptm.nn.core import Execution
-from jaxptm.nn.text import TextConfig, TextModel, forward_flops
+from jaxptm.nn.text import TextModel, forward_flops
+from jaxptm.nn.text_config import TextConfig
 from jaxptm.pretrained import from_pretrained
 from jaxptm.types import JaxptmError
 

@@ -18,17 +18,16 @@ from jaxptm.models.params import initialise
 from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.core import (
     Attention,
-    Dense,
     Execution,
     Transformer,
     TransformerConfig,
     layer_norm,
     linear,
-    spread,
     stack_layers,
     unstack_layers,
     visible_keys,
 )
+from jaxptm.nn.primitives import Dense, spread
 from jaxptm.nn.text import TextModel
 from jaxptm.types import Params
 

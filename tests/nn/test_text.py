@@ -15,16 +15,8 @@ from jaxptm.models.gpt2 import Gpt2Config
 from jaxptm.models.params import abstract_params, stacked
 from jaxptm.nn import core
 from jaxptm.nn.core import Execution, encoder_products
-from jaxptm.nn.text import (
-    TASKS,
-    TextConfig,
-    TextEmbeddings,
-    TextModel,
-    _chosen,
-    empty_caches,
-    forward_flops,
-    queries_of_last_layer,
-)
+from jaxptm.nn.text import TextEmbeddings, TextModel, _chosen, empty_caches, forward_flops, queries_of_last_layer
+from jaxptm.nn.text_config import TASKS, TextConfig
 from jaxptm.ops.attention import attention
 from jaxptm.types import Params
 
