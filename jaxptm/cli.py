@@ -205,7 +205,9 @@ def predict(
     temperature: Annotated[float | None, typer.Option(help="Of generated text; default 0.7.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Generate from the best tokens that hold this share.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of generated text; default 0.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object an input.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object an input: where it stands, what it is, the output.")
+    ] = False,
 ) -> None:
     """Ask a model. An input that cannot be answered is reported with its number, and the others are answered."""
     from jaxptm.pipelines import PIPELINES
@@ -231,7 +233,7 @@ def predict(
             failed += 1
             print(f"error: {where}: {output}", file=sys.stderr)
         elif as_json:
-            print(json.dumps({"input": given, "output": output}, ensure_ascii=False), flush=True)
+            print(json.dumps({"where": where, "input": given, "output": output}, ensure_ascii=False), flush=True)
         else:
             print(*lines, sep="\n", flush=True)
     if failed:

@@ -23,6 +23,7 @@ from jaxptm.models.params import abstract_params
 from jaxptm.nn.core import Execution, PostNormLayer, PreNormLayer, encoder_products
 from jaxptm.nn.text import TextModel, forward_flops, queries_of_last_layer
 from jaxptm.nn.text_config import TextConfig
+from jaxptm.ops.losses import parts_of_logits
 from jaxptm.parallel import partition
 from jaxptm.types import Array, JaxptmError, Params
 
@@ -175,9 +176,10 @@ def step_cost(
 
     moved = 1.5 * of_layers(without_remat, train=True) - 0.5 * of_layers(execution, train=True) + of_ends(train=True)
     logits = 4.0 * predictions * config.vocab_size / _parts(config.vocab_size, tensor) if has_head else 0.0
+    parts = parts_of_logits(here // accumulate * length) if task == "causal-lm" else 1
     # And what is held for a while: the logits with their gradient; later a layer's gradients, and what it computes
     # again. Gradients take about half of the layer's activations, because each goes when the next is there.
-    passing = max(2 * logits, 1.5 * of_layer(without_remat) - of_layer(execution))
+    passing = max(2 * logits / parts, 1.5 * of_layer(without_remat) - of_layer(execution))
     # Weights beside the stored ones: cast to the type of the computation, or gathered. A scan gathers layer by layer.
     copies = weights.count * compute / (fsdp if execution.scan else 1) if cast else 0.0
     if fsdp > 1 and execution.scan:

@@ -188,7 +188,7 @@ def _open_speech(config: TrainConfig, data: AudioData, models: Mapping[str, Mode
         train=heard.train,
         length=heard.train.lengths[-1],
         held_out=held_out,
-        corpus=AudioManifest.load(prepared).splits["train"].digest,
+        corpus=digest([split.digest for _, split in sorted(AudioManifest.load(prepared).splits.items())]),
         steps=loop.steps or math.ceil((loop.epochs or 0) * len(heard.train) / loop.batch_size),
         hf_config=hf_labels(config),
     )

@@ -73,10 +73,11 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """Names the training data by its content."""
+        """Names the data, learned from and held out, by its content."""
         digest = hashlib.sha256()
-        for values in (*self.train.tokens.values(), self.train.ends, *self.train.targets.values()):
-            digest.update(np.ascontiguousarray(values).tobytes())
+        for examples in (self.train, *(part.examples for part in self.held_out.values())):
+            for values in (*examples.tokens.values(), examples.ends, *examples.targets.values()):
+                digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:12]
 
 

@@ -22,6 +22,7 @@ from jaxptm.checkpoint import Checkpoints
 from jaxptm.config import AllTokensMlmConfig, TrainConfig, load_config, validate
 from jaxptm.cost import StepCost, format_memory, step_cost
 from jaxptm.data.batching import batches
+from jaxptm.data.examples import LengthBuckets
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.directories import claim_directory, tokenizer_directory
 from jaxptm.evaluation import Evaluator
@@ -264,13 +265,27 @@ def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
         f"{run.checkpoints.parent}: {run.config.objective.name}, {count:,} parameters, {devices}",
         f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of what they hold is not padding",
         f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
+        *_cut(run),
         *([format_memory(_cost(run, mesh))] if isinstance(run.objective.module, TextModel) else []),
     ]
 
 
+def _cut(run: Run) -> list[str]:
+    """How many texts are read in part."""
+    rows = {"": run.train, **{name or "held out": part.rows for name, part in run.held_out.items()}}
+    found = {name: source.examples for name, source in rows.items() if isinstance(source, LengthBuckets)}
+    told = [
+        f"{examples.cut:,} of {len(examples.ends):,}{name and f' ({name})'}"
+        for name, examples in found.items()
+        if examples.cut
+    ]
+    limit = getattr(run.config.data, "max_length", None)
+    return [f"cut to data.max_length {limit}: {', '.join(told)} texts"] if told else []
+
+
 def _cost(run: Run, mesh: Mesh) -> StepCost:
     loop, objective, settings = run.config.train, run.objective, run.config.objective
-    choices = getattr(getattr(run.train, "examples", None), "choices", 0)
+    choices = run.train.examples.choices if isinstance(run.train, LengthBuckets) else 0
     costs = [
         step_cost(
             module.config,

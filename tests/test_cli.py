@@ -82,9 +82,12 @@ def test_predict_reads_files_and_sets_bad_rows_aside(model: Path, tmp_path: Path
     assert status == 1 and "Traceback" not in err
     records = [json.loads(line) for line in out.splitlines()]
     assert [record["input"] for record in records] == ["the [MASK] sat", "a [MASK], a dog"]
+    assert [record["where"].rpartition("/")[2] for record in records] == ["rows.csv:2", "rows.csv:5"]
     assert all(len(record["output"]) == 2 for record in records)
     assert "rows.csv:3: 'the cat' holds no mask token" in err and "rows.csv:4: has 1 fields, expected 2" in err
     assert "2 input(s) could not be answered" in err
+    status, _, err = jaxptm(*command, "-o", "top_k=many")
+    assert status == 1 and err == "error: --option top_k=many: expected int.\n"
     status, _, err = jaxptm(*command, "-o", "stride=2")
     assert status == 1 and "fill-mask has no such argument, only top_k, targets, tokenizer_kwargs, batch_size" in err
 
@@ -130,7 +133,8 @@ def test_predict_prints_texts_or_json_lines(gpt2: Path) -> None:
     status, out, _ = jaxptm(*greedy, "--json", text="\n".join(texts))
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and records == [
-        {"input": text, "output": answers} for text, answers in zip(texts, wanted, strict=True)
+        {"where": f"line {at}", "input": text, "output": answers}
+        for at, (text, answers) in enumerate(zip(texts, wanted, strict=True), 1)
     ]
     status, out, _ = jaxptm(*greedy, texts[0])
     assert status == 0 and out.splitlines() == [wanted[0][0]["generated_text"]]

@@ -132,6 +132,27 @@ def config_like(config: TrainConfig, **loop: Any) -> TrainConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=loop)})
 
 
+def test_texts_that_are_cut_are_counted_and_held_out_data_is_known_again(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = [f'{{"text": "the fine film {"long " * (at % 9)}", "mood": "{"ab"[at % 2]}"}}\n' for at in range(18)]
+    for name, some in (("train", lines), ("eval", lines[:9])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    data = {
+        "train_file": str(tmp_path / "train.jsonl"),
+        "eval_file": str(tmp_path / "eval.jsonl"),
+        "text_columns": ["text"],
+        "label_column": "mood",
+        "max_length": 8,
+    }
+    config = config_of(home, "cut", data=data, train__epochs=1)
+    assert train(config)["finished"]
+    assert "cut to data.max_length 8: 10 of 18, 5 of 9 (held out) texts" in capsys.readouterr().err
+    (tmp_path / "eval.jsonl").write_text("".join(lines[:8]))
+    with pytest.raises(JaxptmError, match="the data has changed since its checkpoints were written"):
+        train(config)
+
+
 def test_a_test_set_has_no_figures(glue_run: tuple[TrainConfig, dict[str, Any]], tmp_path: Path) -> None:
     config, _ = glue_run
     test = config.model_copy(update={"data": config.data.model_copy(update={"eval_split": "test"})})

@@ -37,24 +37,28 @@ class Examples:
         ends: [N * max(choices, 1)] where each row ends.
         targets: name -> [N, ...], one value an example: `labels`, or `start_positions` and `end_positions`.
         choices: rows of an example of multiple choice; 0 where an example is one row.
+        cut: rows whose text was longer, and of which the tokenizer left the rest out.
     """
 
     tokens: Mapping[str, Int[np.ndarray, " T"]]
     ends: Int[np.ndarray, " R"]
     targets: Mapping[str, np.ndarray]
     choices: int = 0
+    cut: int = 0
 
     @classmethod
     def of(
         cls, encoded: Mapping[str, Any], targets: Mapping[str, np.ndarray] | None = None, choices: int = 0
     ) -> Examples:
-        """From lists of token ids by name, as a tokenizer returns them; of other names none is kept."""
+        """From what a tokenizer returns, or as lists of token ids by name; of other names none is kept."""
         names = [name for name in ("input_ids", "token_type_ids", "labels") if name in encoded]
         rows = encoded["input_ids"]
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
         count = int(ends[-1]) if len(ends) else 0
         tokens = {name: np.fromiter(chain.from_iterable(encoded[name]), np.int32, count) for name in names}
-        return cls(tokens, ends, dict(targets or {}), choices)
+        # Pure Python tokenizers have no encodings, and do not tell what they leave out.
+        cut = sum(bool(row.overflowing) for row in getattr(encoded, "encodings", None) or ())
+        return cls(tokens, ends, dict(targets or {}), choices, cut)
 
     def __len__(self) -> int:
         return len(self.ends) // max(self.choices, 1)

@@ -176,11 +176,18 @@ def delimited_rows(source: str, text: str, *, quoted: bool) -> Iterator[tuple[in
         return
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    begun = 1
     try:
         for row in reader:
             if row:
                 yield reader.line_num, row
+            begun = reader.line_num + 1
     except csv.Error as error:
+        if str(error) == "unexpected end of data":
+            raise JaxptmError(
+                f"{source}:{begun}: a quote is opened in this row and not closed; a quote within a quoted field is "
+                'written twice, "".'
+            ) from error
         raise JaxptmError(f"{source}:{reader.line_num}: {error}.") from error
 
 

@@ -13,7 +13,7 @@ from jaxptm.nn.heads import CausalLmHead, Classifier, MlmHead, Pooler, ReplacedT
 from jaxptm.nn.model import PretrainedModule
 from jaxptm.nn.primitives import Dropout
 from jaxptm.nn.text_config import POOLED_TASKS, TASKS, TextConfig
-from jaxptm.types import Array
+from jaxptm.types import Array, Params
 
 
 class TextEmbeddings(nn.Module):
@@ -206,6 +206,12 @@ class TextModel(PretrainedModule):
         if caches is not None:
             out["caches"] = caches
         return out
+
+
+def output_table(config: TextConfig, params: Params) -> Float[Array, "V E"]:
+    """What hidden states are multiplied with to become the logits of `CausalLmHead`."""
+    of = params["embeddings"]["token"] if config.tie_word_embeddings else params["causal_lm_head"]
+    return jnp.asarray(of["embedding"])
 
 
 def default_positions(config: TextConfig, input_ids: Int[Array, "B L"]) -> Int[Array, "#B L"]:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from jaxptm.config import CausalLmConfig, MaskedLmConfig
 from jaxptm.models.params import initialise
-from jaxptm.nn.text import TextModel
+from jaxptm.nn.text import TextModel, output_table
 from jaxptm.objectives.objective import Objective
-from jaxptm.ops.losses import accuracy, cross_entropy, token_share
+from jaxptm.ops.losses import accuracy, cross_entropy, linear_cross_entropy, token_share
 from jaxptm.ops.masking import VocabularyTables, mask_tokens, static_keys
 from jaxptm.types import Array, Batch, Means, Params
 
@@ -88,28 +88,28 @@ def causal_language_model(config: CausalLmConfig, module: TextModel) -> Objectiv
     Batches hold `input_ids` and `attention_mask` [B, L], and `segment_ids` where documents are kept apart: then nothing
     is predicted across their borders. Term: `clm_loss`, the mean over all predicted tokens, in nats.
     """
+    body = module.clone(task=None)
 
     def loss(
         params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
     ) -> tuple[Means, Means]:
         arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
         ids, real, segments = arrays["input_ids"], arrays["attention_mask"].astype(bool), arrays.get("segment_ids")
-        out = module.apply(
+        hidden = body.apply(
             {"params": params},
             ids,
             attention_mask=arrays["attention_mask"],
             segment_ids=segments,
             train=train,
             rngs={"dropout": keys[0]},
-        )
+        )["last_hidden_state"]
         predicted = real[:, :-1] & real[:, 1:]
         if segments is not None:
             predicted &= segments[:, :-1] == segments[:, 1:]
-        # All of the logits, rather than a copy of all but the last: what it would predict has no weight.
+        # The last token predicts nothing: it has no weight, which is cheaper than a copy of all others.
         labels, weights = jnp.roll(ids, -1, axis=1), jnp.pad(predicted, ((0, 0), (0, 1))).astype(jnp.float32)
-        terms = {"clm_loss": cross_entropy(out["logits"], labels, weights)}
-        scores = {"clm_accuracy": accuracy(out["logits"], labels, weights), "token_share": token_share(real)}
-        return terms, scores
+        clm_loss, clm_accuracy = linear_cross_entropy(hidden, output_table(module.config, params), labels, weights)
+        return {"clm_loss": clm_loss}, {"clm_accuracy": clm_accuracy, "token_share": token_share(real)}
 
     return Objective(
         modules={"model": module},

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from jaxptm.data.table import delimited_rows, filled_lines, read_table, read_text
 from jaxptm.pipelines import pipeline, pipeline_kind
@@ -119,7 +120,8 @@ def parse_options(task: str, options: Sequence[str]) -> dict[str, Any]:
     Raises:
         JaxptmError: there is no such argument, or it is written otherwise.
     """
-    known = [name for name in inspect.signature(pipeline_kind(task).__call__).parameters if name not in SET_BY_INPUT]
+    arguments = inspect.signature(pipeline_kind(task).__call__, eval_str=True).parameters
+    known = {name: argument.annotation for name, argument in arguments.items() if name not in SET_BY_INPUT}
     parsed = {}
     for option in options:
         name, equals, value = option.partition("=")
@@ -128,10 +130,20 @@ def parse_options(task: str, options: Sequence[str]) -> dict[str, Any]:
         if name not in known:
             raise JaxptmError(f"--option {name}: {task} has no such argument, only {', '.join(known)}.")
         try:
-            parsed[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise JaxptmError(f"--option {option}: the value is not YAML.") from error
+            parsed[name] = _value(known[name], value)
+        except ValueError:
+            expected = inspect.formatannotation(known[name])
+            raise JaxptmError(f"--option {option}: expected {expected}.") from None
     return parsed
+
+
+def _value(kind: Any, text: str) -> Any:
+    """What the text is as YAML or, where `kind` takes no such value, itself; a ValueError where it takes neither."""
+    accepts = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return accepts.validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError):
+        return accepts.validate_python(text)
 
 
 def _answers(model: Any, rows: Sequence[Input], done: int, options: Mapping[str, Any]) -> Iterator[Answer]:

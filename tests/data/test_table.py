@@ -54,6 +54,12 @@ def test_files_of_each_kind(name: str, text: str, tmp_path: Path) -> None:
     assert table.columns == {"text": ['one, "two"\nthree', "four"], "label": ["1", "0"]}
 
 
+def test_a_quote_that_is_not_closed_is_told_where_it_is_opened(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", 'text,label\n"one\nand more",1\n"two,1\nthree,0\nfour,1\n')
+    with pytest.raises(JaxptmError, match=r"a\.csv:4: a quote is opened in this row and not closed"):
+        read_table(path)
+
+
 def test_tab_separated_text_keeps_its_quotes(tmp_path: Path) -> None:
     table = read_table(written(tmp_path / "a.tsv", 'text\tlabel\n"one\t1\n\u2028two\r\t0\r\n'))
     assert table.columns == {"text": ['"one', "\u2028two\r"], "label": ["1", "0"]}
@@ -136,7 +142,8 @@ def test_texts_are_what_the_tokenizer_says(tokenizer: Any) -> None:
     examples = encode_texts(tokenizer, [a, b], 20, np.zeros(2, np.int32))
     rows = np.split(examples.tokens["input_ids"], examples.ends[:-1])
     assert [row.tolist() for row in rows] == tokenizer(a, b, truncation=True, max_length=20)["input_ids"]
-    assert len(rows[0]) == 20
+    whole = tokenizer(a, b)["input_ids"]
+    assert len(rows[0]) == 20 and examples.cut == sum(len(row) > 20 for row in whole) > 0
 
 
 def test_choices(tokenizer: Any) -> None:
