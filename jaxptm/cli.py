@@ -182,9 +182,9 @@ def predict(
         list[str] | None,
         typer.Argument(
             metavar="[TEXT|FILE]...",
-            help="Texts, or files of them: .txt and others (one a line), .jsonl, .csv, .tsv, .parquet. Default: lines "
-            'of standard input. A line may be a JSON object such as {"question": ..., "context": ...}; two texts '
-            "may also be parted by a tab.",
+            help="Texts, or files of them: .txt and others (one a line), .jsonl, .json (an array), .csv, .tsv, "
+            ".parquet. Default: lines of standard input. A line may be a JSON object such as "
+            '{"question": ..., "context": ...}; two texts may also be parted by a tab.',
         ),
     ] = None,
     columns: Annotated[
@@ -225,8 +225,7 @@ def predict(
         raise JaxptmError(f"--{next(iter(settings)).replace('_', '-')} is for text-generation, not for {task}.")
     if settings.pop("greedy", False):
         settings["do_sample"] = False
-    settings |= {} if top_k is None else {"top_k": top_k}
-    settings |= parse_options(task, options or [])
+    settings |= parse_options(task, [*([] if top_k is None else [f"top_k={top_k}"]), *(options or [])])
     failed = 0
     for (where, given), output, lines in ask(task, model, read_inputs(task, inputs or [], columns), settings):
         if isinstance(output, JaxptmError):
@@ -282,7 +281,7 @@ def prepare(
     from jaxptm.data.prepare_audio import prepare_audio
     from jaxptm.data.recordings import AudioManifest
     from jaxptm.data.speech import open_speech
-    from jaxptm.directories import prepared_directory, tokenizer_directory
+    from jaxptm.directories import prepared_directory
     from jaxptm.metrics import progress_lines
 
     loaded = load_config(config, overrides or ())
@@ -305,8 +304,7 @@ def prepare(
             data, directory, crop=objective == "contrastive", labelled=objective == "sequence-classification"
         )
         if speech.vocabulary is not None:
-            speech.vocabulary.save(tokenizer_directory(loaded))
-            print(f"{tokenizer_directory(loaded)}: {len(speech.vocabulary)} characters")
+            print(f"{directory}: transcripts of {len(speech.vocabulary)} characters")
 
 
 @app.command()

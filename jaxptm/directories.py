@@ -18,6 +18,8 @@ REPORTING = {
     f"train.{key}" for key in ("log_every", "eval_every", "eval_batches", "checkpoint_every", "keep", "export")
 }
 """Keys that may change when a run is resumed: its parameters do not depend on them."""
+TOKENIZER = "tokenizer"
+"""Folder of a run: the tokenizer, or of speech the listener, that its ids are of, kept from its first step on."""
 LAYOUT = {"train.accumulate", *(f"parallel.{key}" for key in ParallelConfig.model_fields)}
 """Keys that may change as well, so that a run can go on on other devices: its parameters change by rounding alone."""
 
@@ -79,13 +81,6 @@ def _claim(directory: Path, checkpoints: Path | Any, config: TrainConfig) -> Non
         write_atomically(path, dump_config(config))
     except OSError as error:
         raise JaxptmError(f"out: {directory} cannot be written: {error.strerror}; choose another `out`.") from error
-
-
-def tokenizer_directory(config: TrainConfig) -> Path:
-    """Where a run keeps its tokenizer: with the token shards, or in its own directory where there are none."""
-    if isinstance(config.data, TextData):
-        return prepared_directory(config) / "tokenizer"
-    return local_directory(config.out) / "tokenizer"
 
 
 def _fingerprint(data: TextData | AudioData) -> str:

@@ -99,6 +99,26 @@ class Evaluator:
             figures |= {f"{name}/{figure}" if name else figure: value for figure, value in values.items()}
         return figures
 
+    def names(self) -> list[str]:
+        """The names of what a call returns. Nothing is compiled: what would be said of each example is put at zero."""
+        objective, found = self._run.objective, []
+        params = jax.eval_shape(objective.init, jax.random.key(0))
+        for name, part in self._run.held_out.items():
+            if not part.labelled:
+                continue
+            plan = part.rows.plan(0) if isinstance(part.rows, Buckets) else None
+            longest = 0 if plan is None else int(np.argmax(plan.lengths))
+            batch = part.rows.rows([longest * self._run.config.train.batch_size])
+            terms, scores, said = jax.eval_shape(make_evaluate(objective), params, batch, jnp.int32(0), self._key)
+            values = dict.fromkeys([*terms, *scores], 1.0)
+            figures = {"loss": 1.0} | values | objective.summary(values)
+            if part.score is not None and plan is not None:
+                count = sum(np.count_nonzero(places >= 0) for places in plan.examples)
+                nothing = {slot: [np.zeros(rows.shape[1:])] * count for slot, rows in said.items()}
+                figures = {"loss": 1.0} | part.score(nothing)
+            found += [f"{name}/{figure}" if name else figure for figure in figures]
+        return found
+
     def _read(self, params: Params, source: Rows) -> tuple[dict[str, float], Outputs]:
         loop, objective = self._run.config.train, self._run.objective
         means, said = None, []

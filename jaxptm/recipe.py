@@ -26,7 +26,6 @@ from jaxptm.config import (
     TrainConfig,
 )
 from jaxptm.data.tokenizer import load_tokenizer
-from jaxptm.directories import tokenizer_directory
 from jaxptm.models.electra import ElectraConfig
 from jaxptm.nn.core import Execution
 from jaxptm.nn.text import TextModel
@@ -177,13 +176,12 @@ def open_models(source: str | Path, config: TrainConfig, **options: Any) -> dict
     return models
 
 
-def open_tokenizer(config: TrainConfig) -> Any:
-    """What `tokenizer_directory` holds: a tokenizer or, of speech, a listener.
+def open_tokenizer(config: TrainConfig, directory: Path) -> Any:
+    """The tokenizer of a run or, of speech, the listener.
 
     Raises:
-        JaxptmError: it has been moved away.
+        JaxptmError: it is not in `directory`.
     """
-    directory = tokenizer_directory(config)
     if isinstance(config.data, AudioData):
         return Listener.load(directory, writes=config.objective.name == "ctc")
     return load_tokenizer(directory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from jaxptm.hf import files
 from jaxptm.models import PRESETS
 from jaxptm.types import JaxptmError
 
+log = logging.getLogger("jaxptm")
+
 
 def resolve(config: TrainConfig, source: str | None = None) -> TrainConfig:
     """Fills in what a fine-tuning config leaves to the model and the data: its weights, its labels, its problem.
@@ -51,8 +55,11 @@ def resolve(config: TrainConfig, source: str | None = None) -> TrainConfig:
         objective = objective.model_copy(update={"problem_type": problem})
     if isinstance(data, GlueData | TableData | AudioData) and objective.name != "ctc":
         own = None if objective.new_head else _labels_of(weights, objective.name)
-        labels = _labels(config, objective, data, own, weights) if data.labels is None else data.labels
-        _refuse_other_labels(labels, own, weights, measured=source is not None)
+        measured = source is not None
+        labels = _labels(config, objective, data, own, weights, measured) if data.labels is None else data.labels
+        if data.labels is None:
+            _refuse_to_guess(labels, own, weights, data, measured=measured)
+        _refuse_other_labels(labels, own, weights, measured=measured)
         data = data.model_copy(update={"labels": labels})
     return config.model_copy(update={"init_from": weights, "model": model, "objective": objective, "data": data})
 
@@ -108,6 +115,26 @@ def _named(model: str | Mapping[str, Any]) -> str | None:
     return None if name in PRESETS else name
 
 
+def _refuse_to_guess(
+    labels: list[str], own: list[str] | None, weights: str | None, data: Any, *, measured: bool
+) -> None:
+    """Says that a head tells its outputs by number alone, and the data its labels by name.
+
+    Raises:
+        JaxptmError: the head is measured, and all depends on the order.
+    """
+    if isinstance(data, GlueData) or not own or not all(re.fullmatch(r"LABEL_\d+", label) for label in own):
+        return
+    if all(re.fullmatch(r"\d+", label) for label in labels):
+        return
+    order = (
+        f"the head of {weights} names its outputs {own[0]} to {own[-1]}, and the data its labels {', '.join(labels)}"
+    )
+    if measured:
+        raise JaxptmError(f"data.labels: {order}; list them in the order of the outputs.")
+    log.warning("data.labels: %s, which are taken in this order; list them if that of the head is another.", order)
+
+
 def _refuse_other_labels(labels: list[str], own: list[str] | None, weights: str | None, *, measured: bool) -> None:
     """Raises JaxptmError where the outputs of a head would be taken for other labels than it has learned.
 
@@ -131,6 +158,7 @@ def _labels(
     data: GlueData | TableData | AudioData,
     own: list[str] | None,
     weights: str | None,
+    measured: bool,
 ) -> list[str]:
     """The labels in the order of the head: `own`, of the model's head for them, or else those of the data."""
     if isinstance(data, AudioData):
@@ -144,7 +172,12 @@ def _labels(
         return []
     if not isinstance(data.label_column, str):
         return list(data.label_column)
-    table = read_table(data.train_file)
+    try:
+        table = read_table(data.train_file)
+    except JaxptmError:
+        if not measured or data.eval_file is None:
+            raise
+        table = read_table(data.eval_file)  # whoever measures need not have what was learned from
     return _checked(own, labels_in(table, data.label_column), data.label_column, weights)
 
 

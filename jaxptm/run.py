@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
-from jaxptm.config import AudioData, TextData, TrainConfig
+from jaxptm.config import AudioData, LoopConfig, TextData, TrainConfig
 from jaxptm.data.batching import Rows
 from jaxptm.data.corpus import Corpus, Manifest
 from jaxptm.data.examples import LengthBuckets
@@ -129,6 +130,15 @@ def _open_labelled(config: TrainConfig, models: Mapping[str, Model] | None) -> R
     limit = objective.module.config.max_length
     if data.max_length > limit:
         raise JaxptmError(f"data.max_length: {data.max_length} is more than the {limit} tokens that the model takes.")
+    kinds = objective.module.config.type_vocab_size
+    asked = max(
+        (int(part.tokens.get("token_type_ids", np.zeros(1)).max(initial=0)) for part in task.examples), default=0
+    )
+    if 0 < kinds <= asked:
+        raise JaxptmError(
+            f"model.type_vocab_size: {kinds} is too small for two texts a row, the second of which has token type "
+            f"{asked}; begin with a model that was trained on pairs."
+        )
     pad = filler(tokenizer)
     held_out = {
         name: HeldOut(
@@ -147,7 +157,7 @@ def _open_labelled(config: TrainConfig, models: Mapping[str, Model] | None) -> R
         length=train.lengths[-1],
         held_out=held_out,
         corpus=task.fingerprint,
-        steps=loop.steps or math.ceil((loop.epochs or 0) * len(train) / loop.batch_size),
+        steps=_steps(loop, len(train)),
         hf_config=hf_labels(config),
     )
 
@@ -189,7 +199,7 @@ def _open_speech(config: TrainConfig, data: AudioData, models: Mapping[str, Mode
         length=heard.train.lengths[-1],
         held_out=held_out,
         corpus=digest([split.digest for _, split in sorted(AudioManifest.load(prepared).splits.items())]),
-        steps=loop.steps or math.ceil((loop.epochs or 0) * len(heard.train) / loop.batch_size),
+        steps=_steps(loop, len(heard.train)),
         hf_config=hf_labels(config),
     )
 
@@ -231,7 +241,6 @@ def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Mod
 
     seed = config.train.seed
     source = examples(train, seed)
-    steps = config.train.steps or math.ceil((config.train.epochs or 0) * len(source) / config.train.batch_size)
     return Run(
         config=config,
         directory=local_directory(config.out),
@@ -242,15 +251,20 @@ def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Mod
         length=data.sequence_length,
         held_out={} if held_out is None else {"": HeldOut(examples(held_out, seed))},
         corpus=digest([manifest.tokenizer, *(_counts(manifest, split) for split in manifest.splits)]),
-        steps=steps,
+        steps=_steps(config.train, len(source)),
         hf_config={},
     )
+
+
+def _steps(loop: LoopConfig, rows: int) -> int:
+    # Rounded first: 1.1 times 100 is more than 110 by 1e-14, which is no row.
+    return loop.steps or math.ceil(round((loop.epochs or 0) * rows / loop.batch_size, 6))
 
 
 def _counts(manifest: Manifest, split: str) -> list[Any]:
     """What tells one text from another, wherever its files lie."""
     shards = manifest.splits[split]
-    return [split, [(shard.documents, shard.sentences, shard.tokens, shard.bytes, shard.max_token) for shard in shards]]
+    return [split, [(shard.documents, shard.sentences, shard.tokens, shard.bytes, shard.digest) for shard in shards]]
 
 
 def _fingerprint_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from jaxptm.data.labelled import (
     encode_texts,
     encode_words,
     label_ids,
+    label_of,
     label_sets,
     numbers,
     words_said,
@@ -72,10 +74,15 @@ class Task:
     class_weights: Sequence[float] | None = None
 
     @property
+    def examples(self) -> list[Examples]:
+        """All of them."""
+        return [self.train, *(part.examples for part in self.held_out.values())]
+
+    @property
     def fingerprint(self) -> str:
         """Names the data, learned from and held out, by its content."""
         digest = hashlib.sha256()
-        for examples in (self.train, *(part.examples for part in self.held_out.values())):
+        for examples in self.examples:
             for values in (*examples.tokens.values(), examples.ends, *examples.targets.values()):
                 digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:12]
@@ -169,12 +176,13 @@ def _open_table(config: TrainConfig, data: TableData, tokenizer: Any, training: 
                 raise JaxptmError(
                     f"{table.where(at)}: {data.texts[0]!r} and {name!r} are no lists of equal length, a label a word."
                 )
-            unknown = [tag for tag in row if tag not in known]
+            names = [label_of(tag) for tag in row]
+            unknown = [tag for tag in names if tag not in known]
             if unknown:
                 raise JaxptmError(
                     f"{table.where(at)}: the label {unknown[0]!r} is not one of {', '.join(labels[:20])}."
                 )
-            ids.append([known[tag] for tag in row])
+            ids.append([known[tag] for tag in names])
         return encode_words(tokenizer, sentences, ids, data.max_length), ids
 
     def part(table: Table) -> Part:
@@ -218,7 +226,7 @@ def _open_table(config: TrainConfig, data: TableData, tokenizer: Any, training: 
 def _tables(data: TableData, training: bool) -> tuple[Table | None, Table | None]:
     """What is learned from, and what is held out."""
     if data.eval_file is not None:
-        if training and data.eval_file == data.train_file:
+        if training and _same(data.train_file, data.eval_file):
             raise JaxptmError(
                 f"data.eval_file: {data.eval_file} is what is learned from, too; hold a part of it out instead: "
                 "data.eval_file=null data.eval_fraction=0.1."
@@ -236,6 +244,11 @@ def _tables(data: TableData, training: bool) -> tuple[Table | None, Table | None
         )
     kept, held = sorted(order[count:].tolist()), sorted(order[:count].tolist())
     return whole.take(kept) if training else None, whole.take(held)
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names are those of one file."""
+    return name == other or (os.path.exists(name) and os.path.exists(other) and os.path.samefile(name, other))
 
 
 def _endings(table: Table, columns: str | Sequence[str]) -> list[list[str]]:
@@ -279,6 +292,8 @@ def class_weights(config: TrainConfig, labels: Sequence[str], targets: np.ndarra
 
 
 def _open_squad(data: SquadData, tokenizer: Any, training: bool) -> Task:
+    if training and data.eval_file is not None and _same(data.train_file, data.eval_file):
+        raise JaxptmError(f"data.eval_file: {data.eval_file} is what is learned from, too; name other questions.")
     train = (
         squad.encode(squad.read_squad(data.train_file, data.version_2), tokenizer, data).examples
         if training

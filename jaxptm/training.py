@@ -24,7 +24,7 @@ from jaxptm.cost import StepCost, format_memory, step_cost
 from jaxptm.data.batching import batches
 from jaxptm.data.examples import LengthBuckets
 from jaxptm.data.tokenizer import load_tokenizer
-from jaxptm.directories import claim_directory, tokenizer_directory
+from jaxptm.directories import TOKENIZER, claim_directory
 from jaxptm.evaluation import Evaluator
 from jaxptm.hosts import is_main, together
 from jaxptm.interruption import StopSignal, explain_failures
@@ -52,6 +52,7 @@ from jaxptm.state import first_state, gathered, optimization_of, stored_form
 from jaxptm.storage import Mirror, checkpoint_directory
 from jaxptm.types import JaxptmError, Params, TrainState
 from jaxptm.watch import Alarms, Best, Window
+from jaxptm.writing import whole_directory
 
 log = logging.getLogger("jaxptm")
 
@@ -97,6 +98,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     update, shapes = optimization.update, optimization.shapes
     learning_rate = schedule(config.optimizer, run.steps)
     evaluate = Evaluator(run, mesh)
+    if run.held_out and loop.metric != "loss" and loop.metric not in (names := evaluate.names()):
+        raise JaxptmError(f"train.metric: an evaluation here has no {loop.metric!r}, only {', '.join(names)}.")
     eval_every, checkpoint_every = run.every(loop.eval_every), run.every(loop.checkpoint_every)
     rows = host_rows(mesh, loop.batch_size)
     stored_shapes, to_stored, from_stored = stored_form(run, shapes, mesh)
@@ -121,6 +124,8 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         start, meta = int(state.step), {"corpus": run.corpus}
 
         with together():
+            if is_main():
+                _keep_tokenizer(run)
             metrics = MetricsLog(run.directory, enabled=is_main())
             metrics.truncate(start)
             best = Best(loop, run.directory / "metrics.jsonl")
@@ -145,7 +150,11 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                 if run.held_out and (step == run.steps or step % eval_every == 0):
                     told = step == run.steps and loop.export == "last"  # what `model/` will say, in full
                     with window.paused():
-                        evaluation = evaluate(state.params, predictions if told else None)
+                        try:
+                            evaluation = evaluate(state.params, predictions if told else None)
+                        except Exception:
+                            checkpoints.save(to_stored(state), {}, meta | {"seconds": time.perf_counter() - clock})
+                            raise  # and what has been learned is not lost
                     record = {f"eval/{name}": value for name, value in evaluation.items()}
                 improved = best.note(evaluation)
                 last = stop.requested(step) or step == run.steps or best.enough
@@ -198,13 +207,16 @@ def _train(config: TrainConfig) -> dict[str, Any]:
 
 def export(run: Run, params: Params) -> list[Path]:
     """Writes `model/`, and for ELECTRA `generator/`, of the run directory in Hugging Face's format, with tokenizers."""
-    directory = tokenizer_directory(run.config)
-    if not directory.exists():
-        run.tokenizer.save_pretrained(directory)
-    models = _models(run.objective, params, directory, run.hf_config)
+    models = _models(run.objective, params, run.directory / TOKENIZER, run.hf_config)
     for name, model in models.items():
         model.save_pretrained(run.directory / name)
     return [run.directory / name for name in models]
+
+
+def _keep_tokenizer(run: Run) -> None:
+    """What stands in `data.tokenizer` or with the shards may be another one by the time that the run ends."""
+    with whole_directory(run.directory / TOKENIZER, replaces=r"[^.].*") as folder:
+        run.tokenizer.save_pretrained(folder)
 
 
 def _models(objective: Objective, params: Params, directory: Path, hf_config: Mapping[str, Any]) -> dict[str, Model]:
@@ -233,12 +245,13 @@ def restore_model(directory: str | Path, step: int | None = None, part: str = "m
         part: of ELECTRA's two models, `model` or `generator`.
 
     Raises:
-        JaxptmError: the directory holds no such checkpoint or part, or its tokenizer has been moved away.
+        JaxptmError: the directory holds no such checkpoint or part, or no tokenizer.
     """
-    config = load_config(Mirror(str(directory)).pull("config.yaml"))
+    mirror = Mirror(str(directory))
+    config = load_config(mirror.pull("config.yaml"))
+    tokenizer = mirror.pull(TOKENIZER)
+    objective = make_objective(config, open_tokenizer(config, tokenizer))
     directory = checkpoint_directory(str(directory))
-    tokenizer = tokenizer_directory(config)
-    objective = make_objective(config, open_tokenizer(config))
     if part not in objective.modules:
         raise JaxptmError(f"{directory}: the run trains no part {part!r}, only {', '.join(objective.modules)}.")
     shapes = jax.eval_shape(lambda key: unstacked(objective.init(key)), jax.random.key(0))  # as they are stored
@@ -266,8 +279,16 @@ def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
         f"{len(run.train):,} rows an epoch, {run.train.token_share():.1%} of what they hold is not padding",
         f"weight decay {run.config.optimizer.weight_decay} on {', '.join(decayed)}",
         *_cut(run),
+        *_repeated(run),
         *([format_memory(_cost(run, mesh))] if isinstance(run.objective.module, TextModel) else []),
     ]
+
+
+def _repeated(run: Run) -> list[str]:
+    rows, batch = len(run.train), run.config.train.batch_size
+    if rows >= batch:
+        return []
+    return [f"WARNING: {rows:,} rows are fewer than train.batch_size {batch}, so that each batch holds some repeatedly"]
 
 
 def _cut(run: Run) -> list[str]:

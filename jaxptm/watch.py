@@ -41,17 +41,9 @@ class Best:
         return f"the best {self._metric} is {self._value:.6g}, and {self._waited} evaluation(s) since were no better"
 
     def note(self, evaluation: Mapping[str, float]) -> bool:
-        """Takes an evaluation, or an empty one; whether its checkpoint is to be kept for being the best.
-
-        Raises:
-            JaxptmError: the evaluation has no such figure.
-        """
+        """Takes an evaluation, or an empty one; whether its checkpoint is to be kept for being the best."""
         if not evaluation:
             return False
-        if self._metric not in evaluation:
-            raise JaxptmError(
-                f"train.metric: an evaluation here has no {self._metric!r}, only {', '.join(evaluation)}."
-            )
         if is_better(self._metric, evaluation[self._metric], self._value):
             self._value, self._waited = evaluation[self._metric], 0
             return self._asked

@@ -163,6 +163,13 @@ def test_settings_out_of_range(gpt2: Path, arguments: tuple[str, ...], message: 
     assert status == 1 and message in err and "Traceback" not in err
 
 
+def test_predict_refuses_top_k_where_there_is_none() -> None:
+    for option in (("--top-k", "3"), ("-o", "top_k=3")):
+        status, _, err = jaxptm("predict", "token-classification", "/nowhere", "the cat", *option)
+        assert status == 1
+        assert err.startswith("error: --option top_k: token-classification has no such argument, only aggregation_")
+
+
 @pytest.mark.parametrize("option", [("--greedy",), ("--seed", "1"), ("--temperature", "1"), ("--max-new-tokens", "3")])
 def test_options_of_generation_fill_no_masks(model: Path, option: tuple[str, ...]) -> None:
     status, _, err = jaxptm("predict", "fill-mask", str(model), "a [MASK]", *option)
@@ -226,7 +233,7 @@ out: {tmp_path}/runs/speech
     )
     status, out, err = jaxptm("prepare", str(tmp_path / "speech.yaml"), "--workers", "1")
     assert status == 0 and "preparing 100%: 13 of 13 utterances" in err
-    assert "train: 3 utterances, 0.00 hours, 10 unusable" in out and "speech/tokenizer: 12 characters" in out
+    assert "train: 3 utterances, 0.00 hours, 10 unusable" in out and "transcripts of 12 characters" in out
     assert "data.train: 11 of 13 utterances are unusable: 3 with a header that promises another length" in caplog.text
     assert "1 longer than data.max_seconds: 2 (three)" in caplog.text
     status, _, err = jaxptm("prepare", str(tmp_path / "speech.yaml"), "data.unusable=error")

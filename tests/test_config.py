@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jaxptm.architectures import model_config
-from jaxptm.config import RATE, AudioData, TextData, dump_config, load_config, validate
+from jaxptm.config import RATE, AudioData, TextData, TrainConfig, dump_config, load_config, validate
 from jaxptm.optim import schedule
 from jaxptm.types import JaxptmError
 
@@ -243,3 +243,18 @@ def test_parts_are_checked_alone() -> None:
     assert validate(TextData, {"files": "a.txt", "tokenizer": "b"}, "here").sequence_length == 128
     with pytest.raises(JaxptmError, match=r"here: 1 value.*\n  files: .* valid string, not 3 or .* valid list, not 3"):
         validate(TextData, {"files": 3, "tokenizer": "b"}, "here")
+
+
+def test_home_is_where_a_shell_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    fields = {
+        "model": {"preset": "~/bert"},
+        "objective": {"name": "masked-lm"},
+        "data": {"files": ["~/a.txt", "b~/c.txt"], "tokenizer": "~/t", "format": "packed"},
+        "optimizer": {"learning_rate": 1e-4},
+        "train": {"steps": 1, "batch_size": 1},
+        "out": "~/runs/x",
+    }
+    config = validate(TrainConfig, fields, "here")
+    assert config.out == "/home/someone/runs/x" and config.model == {"preset": "/home/someone/bert"}
+    assert isinstance(config.data, TextData) and config.data.files == ["/home/someone/a.txt", "b~/c.txt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "moods": ["good"] * int(label) + ["film"],
             "score": 2.0 * label,
             "words": text.split(),
+            "tag_ids": [1 if word in GOOD else 2 if word in BAD else 0 for word in text.split()],
             "tags": ["B-G" if word in GOOD else "B-P" if word in BAD else "O" for word in text.split()],
             "endings": ["fine", "poor"] if label else ["poor", "fine"],
             "right": 0,
@@ -198,6 +200,10 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "number": {"data": {"text_columns": "text", "label_column": "score"}, "objective__problem_type": "regression"},
     "words": {"data": {"text_columns": "words", "label_column": "tags"}, "objective": {"name": "token-classification"}},
+    "numbered words": {
+        "data": {"text_columns": "words", "label_column": "tag_ids"},
+        "objective": {"name": "token-classification"},
+    },
     "choices": {
         "data": {"text_columns": "text", "choice_columns": "endings", "label_column": "right"},
         "objective": {"name": "multiple-choice"},
@@ -208,6 +214,7 @@ FIGURES = {
     "sets": {"accuracy", "micro_f1", "macro_f1"},
     "number": {"pearson", "spearman", "mean_squared_error"},
     "words": {"f1", "precision", "recall", "accuracy"},
+    "numbered words": {"f1", "precision", "recall", "accuracy"},
     "choices": {"accuracy"},
 }
 
@@ -215,7 +222,8 @@ FIGURES = {
 @pytest.mark.parametrize("kind", TASKS)
 def test_your_own_table(kind: str, home: Path) -> None:
     changes = {**TASKS[kind], "data": table(home, **TASKS[kind]["data"])}
-    config = config_of(home, kind, train__epochs=8, **changes)
+    metric = sorted(FIGURES[kind])[-1]  # is looked for before the first step
+    config = config_of(home, kind, train__epochs=8, train__metric=metric, **changes)
     results = train(config)
     assert set(results["eval"]) == FIGURES[kind] | {"loss"}
     first = read_metrics(Path(config.out) / "metrics.jsonl")[0]["train/loss"]
@@ -225,15 +233,21 @@ def test_your_own_table(kind: str, home: Path) -> None:
     if kind == "labels":
         assert resolved.data.labels == ["bad", "good"] and saved["label2id"] == {"bad": 0, "good": 1}
         assert results["eval"]["accuracy"] >= 0.9
+    if kind == "numbered words":
+        assert resolved.data.labels == ["0", "1", "2"]
     if kind == "words":
         assert resolved.data.labels == ["B-G", "B-P", "O"] and results["eval"]["f1"] > 0.8
     assert evaluate(config.out, config) == pytest.approx(results["eval"], abs=1e-5)
 
 
 def test_squad(home: Path) -> None:
-    file = str(home / "squad.json")
+    file, same = str(home / "squad.json"), str(home / "the_same.json")
     data = {"train_file": file, "eval_file": file, "version_2": True, "max_length": 24, "stride": 4}
-    config = config_of(home, "squad", objective={"name": "question-answering"}, data=data, train__epochs=6)
+    settings = {"objective": {"name": "question-answering"}, "train__epochs": 6, "train__metric": "best_f1"}
+    with pytest.raises(JaxptmError, match="data.eval_file: .* is what is learned from, too; name other questions"):
+        train(config_of(home, "squad", data=data, **settings))
+    shutil.copy(file, same)
+    config = config_of(home, "squad", data={**data, "eval_file": same}, **settings)
     results = train(config)
     assert results["eval"]["f1"] > 50 and results["eval"]["best_f1"] >= results["eval"]["f1"] - 1e-9
     said = json.loads((Path(config.out) / "predictions/predictions.json").read_text())
@@ -299,8 +313,13 @@ def test_bad_input(home: Path, glue_run: tuple[TrainConfig, dict[str, Any]]) -> 
     fails("data.max_length: 128 is more than the 40 tokens", data__max_length=128)
     train_wordpiece(["other words of another text"] * 9, 150).save_pretrained(home / "other")
     fails(r"init_from: .*bert has another vocabulary \(\d+ entries\)", data__tokenizer=str(home / "other"))
-    same = {**moods, "eval_file": moods["train_file"], "eval_fraction": 0.0}
-    fails("data.eval_file: .* is what is learned from, too; hold a part of it out instead", data=same)
+    other_spelling = str(home / "." / "runs" / ".." / "table.jsonl")
+    for name in (moods["train_file"], other_spelling):
+        same = {**moods, "eval_file": name, "eval_fraction": 0.0}
+        fails("data.eval_file: .* is what is learned from, too; hold a part of it out instead", data=same)
+    pairs = table(home, text_columns=["text", "mood"], label_column="mood")
+    one_kind = {"preset": str(home / "bert"), "type_vocab_size": 1}
+    fails("model.type_vocab_size: 1 is too small for two texts a row", data=pairs, model=one_kind, init_from=None)
     fails("data.eval_fraction: 0.999 of the 60 rows of .* leaves none to", data={**moods, "eval_fraction": 0.999})
     alone = {"data": {**moods, "eval_fraction": 0.0}, "train__eval_every": 100}
     fails("train.export and train.patience: nothing is held out", train__export="best", **alone)
@@ -319,6 +338,19 @@ def test_a_head_is_not_taken_for_another(home: Path, glue_run: tuple[TrainConfig
             ask(swapped)
     with pytest.raises(JaxptmError, match=r"data\.labels: 0, 1 are asked for, and the head of .* has bad, good"):
         evaluate(trained.out, glue_run[0])
+    away = {**moods, "train_file": str(home / "gone.jsonl"), "eval_file": moods["train_file"], "eval_fraction": 0.0}
+    assert evaluate(trained.out, config_of(home, "away", data=away))["accuracy"] >= 0  # only what is measured is read
+    numbered = home / "numbered"
+    shutil.copytree(Path(trained.out) / "model", numbered)
+    hf_config = json.loads((numbered / "config.json").read_text())
+    hf_config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    (numbered / "config.json").write_text(json.dumps(hf_config))
+    with pytest.raises(
+        JaxptmError, match=r"names its outputs LABEL_0 to LABEL_1, and the data its labels bad, good; li"
+    ):
+        evaluate(numbered, config_of(home, "numbered_run", data=moods))
+    named = config_of(home, "numbered_run", data={**moods, "labels": ["bad", "good"]})
+    assert evaluate(numbered, named) == pytest.approx(evaluate(trained.out, trained), abs=1e-6)
     tags = table(home, text_columns="words", label_column="tags")
     for task, data in (("sequence-classification", moods), ("token-classification", tags)):
         with pytest.raises(JaxptmError, match=r"is a BertModel, which nothing has trained to be a BertFor\w+"):

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,11 @@ import yaml
 from safetensors.numpy import load_file
 
 import jaxptm.training
+from jaxptm import evaluation
 from jaxptm.config import TrainConfig, load_config
+from jaxptm.data.prepare import prepare
+from jaxptm.data.tokenizer import load_tokenizer
+from jaxptm.directories import prepared_directory
 from jaxptm.evaluation import evaluate
 from jaxptm.metrics import read_metrics
 from jaxptm.pretrained import from_pretrained
@@ -246,6 +251,62 @@ def test_another_text_is_not_mistaken_for_the_first(home: Path, finished: tuple[
         train(config)
 
 
+def test_the_same_counts_of_other_words_are_another_text(home: Path) -> None:
+    text = home / "reversed.txt"
+    write_corpus(text)
+    config = config_of(home, "reversed", data__files=str(text), train__steps=2, optimizer__warmup=0)
+    assert train(config)["finished"]
+    lines = text.read_text().splitlines()
+    text.write_text("\n".join(" ".join(reversed(line.rstrip(".").split())) + "." * bool(line) for line in lines))
+    with pytest.raises(JaxptmError, match="the data has changed since its checkpoints were written"):
+        train(config)
+
+
+def test_a_run_keeps_its_vocabulary_whatever_becomes_of_the_text(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another run with the same keys learns a new vocabulary in the directory that both read."""
+    text = home / "growing.txt"
+    write_corpus(text, documents=60)
+    config = config_of(home, "growing", data__files=str(text), train__steps=8)
+    known = {}
+
+    def meanwhile(run: Any, *_: Any) -> Any:
+        known.update(run.tokenizer.get_vocab())
+        with text.open("a") as file:
+            file.write("\n" + "Zebra quartz xylophone vexing jumble.\n\n" * 40)
+        prepare(config.data, prepared_directory(config))
+        return evaluation.Evaluator(run, *_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jaxptm.training, "Evaluator", meanwhile)
+        assert train(config)["finished"]
+    learnt_since = load_tokenizer(prepared_directory(config) / "tokenizer").get_vocab()
+    assert learnt_since != known
+    assert from_pretrained(Path(config.out) / "model").tokenizer.get_vocab() == known
+    moved = tmp_path / "moved"
+    shutil.copytree(config.out, moved)
+    assert restore_model(moved).tokenizer.get_vocab() == known
+
+
+def test_what_stands_in_the_place_of_the_tokenizer_is_not_taken_for_it(home: Path) -> None:
+    first = config_of(home, "twice", train__steps=2, optimizer__warmup=0)
+    train(first)
+    shutil.rmtree(home / "twice/checkpoints")
+    second = config_of(home, "twice", data__vocab_size=150, train__steps=2, optimizer__warmup=0)
+    train(second)
+    assert len(from_pretrained(home / "twice/model").tokenizer) <= 150
+
+
+def test_what_was_learned_is_there_when_an_evaluation_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(home, "unscored", train__steps=12, train__checkpoint_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Evaluator, "__call__", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    assert [path.name for path in (home / "unscored/checkpoints").glob("[0-9]*")] == ["12"]
+
+
 def test_a_config_that_never_saved_anything_may_be_mended(home: Path) -> None:
     with pytest.raises(JaxptmError, match="no preset"):
         train(config_of(home, "mended", model="bert-gigantic"))
@@ -366,6 +427,7 @@ def test_a_checkpoint_is_restored_as_a_model(finished: tuple[TrainConfig, dict[s
         ({"data__files": "/nowhere/*.txt"}, "/nowhere"),
         ({"model__type_vocab_size": 1}, "model.type_vocab_size: 1 is too small for data.format: pairs"),
         ({"data__tokenizer": "/nowhere/vocab.txt", "data__vocab_size": None}, "/nowhere/vocab.txt"),
+        ({"train__metric": "bleu"}, "train.metric: an evaluation here has no 'bleu', only loss, mlm_loss"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(home: Path, changes: dict[str, Any], message: str) -> None:

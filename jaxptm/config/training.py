@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -47,7 +48,7 @@ class LoopConfig(Config):
     """Rows an optimizer step, over all devices and microbatches."""
     accumulate: Positive = 1
     """Microbatches a step; the result does not depend on it, but for rounding and the draws of dropout."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: Positive = 10
     eval_every: Positive | Literal["epoch"] = 1000
     """Steps; there is an evaluation at the end in any case."""
@@ -123,6 +124,15 @@ DATA_KEYS: dict[type[Config], str] = {
 }
 
 
+def _at_home(value: Any) -> Any:
+    """The same with what begins with ~/ below the home directory, as a shell has it: in YAML no shell sees it."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 class TrainConfig(Config):
     """A whole training run."""
 
@@ -142,6 +152,7 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _model_of_weights(cls, fields: Any) -> Any:
+        fields = _at_home(fields)
         if isinstance(fields, dict) and fields.get("init_from") is not None:
             return {"model": fields["init_from"], **fields}
         return fields
@@ -170,8 +181,8 @@ class TrainConfig(Config):
                 )
             if name == "causal-lm" and data.format == "pairs":
                 raise ValueError("`objective.name: causal-lm` reads running text: set `data.format: stream` or packed")
-        elif self.train.eval_batches is not None and not isinstance(data, AudioData):
-            raise ValueError("`train.eval_batches` is for text: figures over labelled data read all of it")
+        elif self.train.eval_batches is not None and name != "contrastive":
+            raise ValueError("`train.eval_batches` is for pre-training: figures over labelled data read all of it")
         if isinstance(data, AudioData) and data.vocabulary is not None and name != "ctc":
             raise ValueError("`data.vocabulary` is of transcripts, which only `objective.name: ctc` reads")
         problem = getattr(self.objective, "problem_type", None)

@@ -47,6 +47,8 @@ class Shard:
     max_token: int
     files: dict[str, int]
     """Sizes in bytes."""
+    digest: str = ""
+    """Of the tokens and the borders between them; shards of jaxptm before 2026-11-28 have none."""
     format: int = FORMAT
 
 

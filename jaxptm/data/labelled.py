@@ -33,11 +33,11 @@ def labels_in(table: Table, name: str) -> list[str]:
         JaxptmError: one is missing, two differ by spaces alone, there is only one, or they are numbers to be estimated.
     """
     column = table.column(name)
-    cells = [cell if isinstance(column[0], list) else [cell] for cell in column]
+    several = any(isinstance(cell, list) for cell in column)
+    cells = [cell if isinstance(cell, list) else [cell] for cell in column]
     for at, labels in enumerate(cells):
-        for label in labels:
-            if label is None or not label_of(label).strip():
-                raise JaxptmError(f"{table.where(at)}: {name!r} holds no label; leave that row out, or label it.")
+        if (several and not isinstance(column[at], list)) or not all(map(_is_label, labels)):
+            raise JaxptmError(f"{table.where(at)}: {name!r} holds no label; leave that row out, or label it.")
     found = found_labels(label for labels in cells for label in labels)
     by_text: dict[str, str] = {}
     for label in found:
@@ -162,7 +162,12 @@ def encode_words(
     alone is longer, the end is.
     """
     room = max_length - tokenizer.num_special_tokens_to_add()
-    encoded = tokenizer([list(words) for words in sentences], is_split_into_words=True, add_special_tokens=False)
+    space = "" if _parts_words(tokenizer) else " "
+    encoded = tokenizer(
+        [[*words[:1], *(space + word for word in words[1:])] for words in sentences],
+        is_split_into_words=True,
+        add_special_tokens=False,
+    )
     rows: list[list[int]] = []
     row_labels: list[list[int]] = []
     sentence: list[int] = []
@@ -212,6 +217,15 @@ def words_said(
     return said
 
 
+def _parts_words(tokenizer: Any) -> bool:
+    """Whether words given one by one become the tokens of the text that they make; byte-level BPE glues them."""
+    text, words = (
+        tokenizer(given, is_split_into_words=isinstance(given, list), add_special_tokens=False)["input_ids"]
+        for given in ("a a", ["a", "a"])
+    )
+    return bool(text == words)
+
+
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens before and behind a text."""
     whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
@@ -224,6 +238,10 @@ def label_of(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _is_label(value: Any) -> bool:
+    return value is not None and value == value and bool(label_of(value).strip())  # NaN is no label
 
 
 def _id(table: Table, at: int, label: str, known: dict[str, int]) -> int:

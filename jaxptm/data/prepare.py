@@ -24,6 +24,7 @@ from jaxptm.data.shards import (
     Progress,
     alone,
     check_share,
+    content_digest,
     cores,
     damage_of,
     disk,
@@ -225,8 +226,10 @@ class _ShardWriter:
         stamp = source.stamp  # before reading: a file that changes meanwhile is done again
         with fresh_shard(path) as fresh:
             counts = self._write_arrays(fresh, source, encoder)
-            sizes = file_sizes(fresh)
-            shard = Shard(path.name, source.key, stamp, self.text_field, self.hash, **counts, files=sizes)
+            sizes, digest = file_sizes(fresh), content_digest(fresh)
+            shard = Shard(
+                path.name, source.key, stamp, self.text_field, self.hash, **counts, files=sizes, digest=digest
+            )
             write_json(fresh / "record.json", asdict(shard))
         return shard
 

@@ -20,6 +20,7 @@ from jaxptm.data.shards import (
     Progress,
     alone,
     check_share,
+    content_digest,
     cores,
     damage_of,
     disk,
@@ -47,6 +48,7 @@ class AudioShard:
         unusable: utterance (a number, in JSON a string) -> what is wrong with it; it has no samples.
         samples: at 16 kHz.
         files: sizes in bytes.
+        digest: of the samples; shards of jaxptm before 2026-11-28 have none.
     """
 
     name: str
@@ -54,6 +56,7 @@ class AudioShard:
     unusable: dict[str, str]
     samples: int
     files: dict[str, int]
+    digest: str = ""
     format: int = FORMAT
 
 
@@ -193,7 +196,7 @@ def _write_shard(task: _Task) -> AudioShard:
                 scales.append(scale)
         np.save(fresh / "ends.npy", np.array(ends, np.int64))
         np.save(fresh / "scales.npy", np.array(scales, np.float32))
-        shard = AudioShard(task.path.name, task.stamps, unusable, ends[-1], file_sizes(fresh))
+        shard = AudioShard(task.path.name, task.stamps, unusable, ends[-1], file_sizes(fresh), content_digest(fresh))
         write_json(fresh / "record.json", asdict(shard))
     return shard
 
@@ -217,7 +220,7 @@ def _write_split(directory: Path, split: str, part: Sequence[tuple[_Task, AudioS
     fresh = directory / f"{split}.jsonl.tmp"
     fresh.write_text("".join(lines), encoding="utf-8")
     fresh.replace(directory / f"{split}.jsonl")
-    content = [[shard.samples, shard.unusable] for _, shard in part]
+    content = [[shard.samples, shard.unusable, shard.digest] for _, shard in part]
     said = [[item.id, item.text, item.label] for task, _ in part for item in task.utterances]
     digest = hashlib.sha256(json.dumps([content, said]).encode()).hexdigest()[:12]
     return AudioSplit(

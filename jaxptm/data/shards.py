@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -87,6 +88,16 @@ def fresh_shard(path: Path) -> Iterator[Path]:
 def file_sizes(path: Path) -> dict[str, int]:
     """Bytes of each file of a directory, by name."""
     return {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+
+
+def content_digest(path: Path) -> str:
+    """Names the files of a directory by what is in them, in 16 hexadecimal digits."""
+    content = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        content.update(file.name.encode())
+        with file.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: content)
+    return content.hexdigest()[:16]
 
 
 def damage_of(path: Path, files: Mapping[str, int]) -> str | None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxptm.errors import JaxptmError
 
 log = logging.getLogger("jaxptm")
@@ -96,6 +98,8 @@ def read_table(source: str) -> Table:
             columns = pyarrow.parquet.read_table(path).to_pydict()
         except (OSError, ValueError) as error:
             raise JaxptmError(f"{source}: is no Parquet file: {str(error).splitlines()[0]}.") from error
+        if not any(columns.values()):
+            raise JaxptmError(f"{source}: holds no rows.")
         return Table(source, columns, range(1, 1 + len(next(iter(columns.values()), []))))
     text = read_text(path)
     if kind in (".csv", ".tsv"):
@@ -265,12 +269,29 @@ def _read_dataset(source: str) -> Table:
 
 
 def from_dataset(source: str, loaded: Any) -> Table:
-    """A `datasets.Dataset` as a table, class labels by their names."""
+    """A `datasets.Dataset` as a table, class labels by their names.
+
+    Rows without one, which data sets of the hub mark by -1 (SNLI), are passed over, and that is said.
+
+    Raises:
+        JaxptmError: no row has one.
+    """
     columns = {name: list(loaded[name]) for name in loaded.column_names}
+    labelled = np.ones(len(loaded), bool)
     for name, feature in loaded.features.items():
         inner: Any = getattr(feature, "feature", None)
         if hasattr(feature, "int2str"):
-            columns[name] = [value if value < 0 else feature.int2str(value) for value in columns[name]]
+            there = [value is not None and value >= 0 for value in columns[name]]
+            columns[name] = [
+                feature.int2str(value) if ok else None for value, ok in zip(columns[name], there, strict=True)
+            ]
+            labelled &= there
         elif hasattr(inner, "int2str"):
-            columns[name] = [[inner.int2str(value) for value in values] for values in columns[name]]
-    return Table(source, columns, range(1, len(loaded) + 1))
+            columns[name] = [values and [inner.int2str(value) for value in values] for values in columns[name]]
+    table = Table(source, columns, range(1, len(loaded) + 1))
+    if labelled.all():
+        return table
+    if not labelled.any():
+        raise JaxptmError(f"{source}: no row has a label (all are -1, as in test sets that are kept secret).")
+    log.warning("%s: %d row(s) without a label (-1) are passed over.", source, np.count_nonzero(~labelled))
+    return table.take(np.flatnonzero(labelled).tolist())

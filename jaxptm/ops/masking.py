@@ -56,7 +56,8 @@ def mask_tokens(
 ) -> Masked:
     """Chooses the tokens to predict and hides them: 80% become `mask_id`, 10% a random id, 10% stay (BERT section 3.1).
 
-    The fate of each chosen token is drawn on its own, in every strategy.
+    The fate of each chosen token is drawn on its own; of a span all tokens have one, and the random ids are still drawn
+    for each (SpanBERT section 3.1).
 
     Args:
         keys: one typed PRNG key (`jax.random.key`) a row.
@@ -82,11 +83,14 @@ def mask_tokens(
     ) -> tuple[Array, Array, Array, Array]:
         choice_key, fate_key, random_key = jax.random.split(key, 3)
         count = jnp.minimum(counts[tokens], eligible.sum(dtype=jnp.int32))
-        chosen = _choose(choice_key, strategy, eligible, word_start, count)
+        chosen, decides = _choose(choice_key, strategy, eligible, word_start, count)
         (positions,) = jnp.nonzero(chosen, size=max_predictions, fill_value=length)
         filled = positions < length
         labels = ids.at[positions].get(mode="fill", fill_value=0)
         fate = jax.random.uniform(fate_key, labels.shape)
+        if strategy == "spans":
+            slots = jnp.cumsum(chosen) - 1
+            fate = fate[slots[decides.at[positions].get(mode="fill", fill_value=0)]]
         random_ids = jax.random.randint(random_key, labels.shape, 0, vocab_size, labels.dtype)
         if never_id is not None:
             random_ids = jnp.where(random_ids == never_id, labels, random_ids)
@@ -226,8 +230,10 @@ def select_spans(
     eligible: Bool[Array, " L"],
     word_start: Bool[Array, " L"],
     count: Int[Array, ""],
-) -> Bool[Array, " L"]:
+) -> tuple[Bool[Array, " L"], Int[Array, " L"]]:
     """Spans of whole words, begun in `order`, until `count` tokens are chosen (SpanBERT section 3.1).
+
+    Returns which tokens are chosen, and for each of them the first token of its span.
 
     The i-th span begins at `order[i]`, unless that word is chosen already, and covers `span_lengths[i]` words, words
     chosen before included. It ends early before an ineligible token or a word that does not fit any more.
@@ -237,33 +243,36 @@ def select_spans(
     word = jnp.cumsum(starts)
     words = starts.sum()
 
-    def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        i, _, left = state
+    def unfinished(state: tuple[Array, ...]) -> Array:
+        i, _, _, left = state
         return (i < words) & (left > 0)
 
-    def visit(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        i, chosen, left = state
+    def visit(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        i, chosen, begins, left = state
         first = order[i]
         after = index >= first
         cost = jnp.cumsum(after & ~chosen)[end - 1]  # of the span, if it ended with this token's word
         stop = ~eligible | (word - word[first] >= span_lengths[i]) | (cost > left)
         span = after & (jnp.cumsum(after & stop) == 0) & ~chosen & ~chosen[first]
-        return i + 1, chosen | span, left - span.sum(dtype=left.dtype)
+        return i + 1, chosen | span, jnp.where(span, first, begins), left - span.sum(dtype=left.dtype)
 
-    _, chosen, _ = lax.while_loop(unfinished, visit, (jnp.int32(0), jnp.zeros_like(eligible), count))
-    return chosen
+    nothing: tuple[Array, ...] = (jnp.int32(0), jnp.zeros_like(eligible), jnp.zeros_like(order), count)
+    _, chosen, begins, _ = lax.while_loop(unfinished, visit, nothing)
+    return chosen, begins
 
 
-def _choose(key: Array, strategy: Strategy, eligible: Array, word_start: Array, count: Array) -> Array:
-    """Bool [L]: the tokens of one row to predict, `count` of them or, where words do not fit, fewer."""
+def _choose(
+    key: Array, strategy: Strategy, eligible: Array, word_start: Array, count: Array
+) -> tuple[Bool[Array, " L"], Int[Array, " L"]]:
+    """The tokens of one row to predict, `count` of them or, where words do not fit, fewer; and which decides for it."""
     length = eligible.shape[0]
     order_key, span_key = jax.random.split(key)
     candidates = eligible if strategy == "tokens" else word_bounds(eligible, word_start)[0]
     order = jnp.argsort(jnp.where(candidates, jax.random.uniform(order_key, (length,)), jnp.inf))
     if strategy == "tokens":
-        return jnp.zeros_like(eligible).at[order].set(jnp.arange(length) < count)
+        return jnp.zeros_like(eligible).at[order].set(jnp.arange(length) < count), jnp.arange(length)
     if strategy == "words":
-        return select_words(order, eligible, word_start, count)
+        return select_words(order, eligible, word_start, count), jnp.arange(length)
     span_lengths = jax.random.choice(span_key, SPAN_LENGTHS, (length,), p=SPAN_PROBABILITIES)
     return select_spans(order, span_lengths, eligible, word_start, count)
 

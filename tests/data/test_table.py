@@ -66,7 +66,7 @@ def test_tab_separated_text_keeps_its_quotes(tmp_path: Path) -> None:
     assert table.where(1).endswith("a.tsv:3")
 
 
-def test_parquet_and_datasets(tmp_path: Path) -> None:
+def test_parquet_and_datasets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     columns = {"text": ["a", "b"], "label": [1, 0]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     assert read_table(str(tmp_path / "a.parquet")).columns == columns
@@ -77,8 +77,13 @@ def test_parquet_and_datasets(tmp_path: Path) -> None:
             "label": datasets.ClassLabel(names=["no", "yes"]),
         }
     )
-    made = datasets.Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[0, 1]], "label": [1]}, features=features)
-    assert from_dataset("x", made).columns == {"tokens": [["a", "b"]], "tags": [["O", "B-X"]], "label": ["yes"]}
+    rows = {"tokens": [["c"], ["a", "b"], ["d"]], "tags": [[0], [0, 1], [1]], "label": [-1, 1, None]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    table = from_dataset("x", made)
+    assert table.columns == {"tokens": [["a", "b"]], "tags": [["O", "B-X"]], "label": ["yes"]}
+    assert table.where(0) == "x:2" and "x: 2 row(s) without a label (-1) are passed over" in caplog.text
+    with pytest.raises(JaxptmError, match="x: no row has a label"):
+        from_dataset("x", made.select([0]))
 
 
 def test_conll(tmp_path: Path) -> None:
@@ -155,6 +160,15 @@ def test_choices(tokenizer: Any) -> None:
     assert len(examples) == 2
 
 
+def test_words_are_the_tokens_of_the_text_that_they_make(tokenizer: Any) -> None:
+    """As what is asked later is: byte-level BPE has other tokens for a word behind a space."""
+    words = ["The", "old", "cat", "sat"]
+    encoded = encode_words(tokenizer, [words], [[0, 1, 2, 3]], 64)
+    assert encoded.examples.tokens["input_ids"].tolist() == tokenizer(" ".join(words))["input_ids"]
+    marks = encoded.examples.tokens["labels"]
+    assert marks[marks != IGNORED].tolist() == [0, 1, 2, 3]
+
+
 def test_no_word_is_lost_however_long_the_sentence(tokenizer: Any) -> None:
     rng = np.random.default_rng(0)
     words = "The old cat sat dog slept under long log day unheardofword \u200b".split(" ")
@@ -172,7 +186,7 @@ def test_no_word_is_lost_however_long_the_sentence(tokenizer: Any) -> None:
 def test_a_label_stands_at_the_first_token_of_its_word(tokenizer: Any) -> None:
     sentence = ["The", "unheardofword", "sat"]
     encoded = encode_words(tokenizer, [sentence], [[1, 2, 3]], 64)
-    whole = tokenizer(sentence, is_split_into_words=True)
+    whole = tokenizer(" ".join(sentence))
     assert encoded.examples.tokens["input_ids"].tolist() == whole["input_ids"]
     wanted, before = [], None
     for word in whole.word_ids():
@@ -186,6 +200,8 @@ def test_a_label_stands_at_the_first_token_of_its_word(tokenizer: Any) -> None:
     [
         (["a", "", "b"], r"rows:2: 'label' holds no label"),
         (["a", None, "b"], r"rows:2: 'label' holds no label"),
+        (["a", float("nan"), "b"], r"rows:2: 'label' holds no label"),
+        ([["a"], None, ["b"]], r"rows:2: 'label' holds no label"),
         ([["a"], ["b", " "]], r"rows:2: 'label' holds no label"),
         (["a", " a", "b"], r"rows: 'label' holds ' a' and 'a', which differ by spaces alone"),
         (["a", "a"], r"rows: 'label' holds one label, 'a'; there is nothing to tell apart"),

@@ -115,22 +115,24 @@ class TestAMillionTokens:
                 assert min(left) > target[row] - counts[row]
 
     def test_eighty_ten_ten(self, million):
-        _, batch, masked, chosen = million
+        strategy, batch, masked, chosen = million
         shown, true = masked.input_ids[chosen], np.asarray(batch["input_ids"])[chosen]
         n = len(shown)
+        alike = 8 if strategy == "spans" else 1  # tokens of one fate: E[s^2] / E[s] of spans of s tokens is below 8
         # A random id is the true one, or the mask, once in VOCAB times.
         for share, seen in [
             (0.8 + 0.1 / VOCAB, shown == MASK),
             (0.1 + 0.1 / VOCAB, shown == true),
             (0.1 * (1 - 2 / VOCAB), (shown != MASK) & (shown != true)),
         ]:
-            assert abs(seen.sum() - n * share) < 4 * np.sqrt(n * share * (1 - share))
+            assert abs(seen.sum() - n * share) < 4 * np.sqrt(alike * n * share * (1 - share))
         drawn = shown[(shown != MASK) & (shown != true)]
         assert drawn.min() < FIRST_ORDINARY
         assert drawn.max() > VOCAB - 20
         buckets = np.bincount(drawn // 50, minlength=VOCAB // 50)
         assert stats.chisquare(buckets).pvalue > 1e-4
 
+    @pytest.mark.parametrize("million", ["tokens", "words"], indirect=True)
     def test_fates_are_independent(self, million):
         _, _, masked, _ = million
         hidden = np.take_along_axis(masked.input_ids, masked.positions, 1) == MASK
@@ -200,6 +202,7 @@ def test_span_selection_follows_the_sequential_rule(seed, length, eligibility, s
     order = firsts + [i for i in range(length) if i not in firsts]
 
     expected: set[int] = set()
+    begins: dict[int, int] = {}
     for visit, span in zip(visits, spans, strict=False):
         if len(expected) == count:
             break
@@ -210,10 +213,34 @@ def test_span_selection_follows_the_sequential_rule(seed, length, eligibility, s
                 break
             if len(expected | set(words[i])) > count:
                 break
+            begins |= dict.fromkeys(set(words[i]) - expected, words[visit][0])
             expected |= set(words[i])
 
     args = jnp.array(order), jnp.array(spans), jnp.array(eligible), jnp.array(word_start), jnp.int32(count)
-    assert np.nonzero(jitted_spans(*args))[0].tolist() == sorted(expected)
+    chosen, found = map(np.asarray, jitted_spans(*args))
+    assert np.nonzero(chosen)[0].tolist() == sorted(expected)
+    assert {at: found[at] for at in expected} == begins
+
+
+def test_the_tokens_of_a_span_have_one_fate():
+    """SpanBERT, section 3.1: all tokens of a span become the mask, or random ones, or stay."""
+    rows, length = 2000, 64
+    batch = {
+        "input_ids": jnp.full((rows, length), FIRST_ORDINARY),
+        "eligible": jnp.ones((rows, length), bool),
+        "word_start": jnp.ones((rows, length), bool),
+        "lengths": jnp.full(rows, length),
+    }
+    masked = mask(batch, "spans", slots=2, probability=2 / length)  # one span of two words in most rows
+    both = masked.positions[:, 1] == masked.positions[:, 0] + 1
+    shown = np.take_along_axis(masked.input_ids, masked.positions, axis=1)[both]
+    # A random id is one of the other two in one of VOCAB rows.
+    fates = np.where(shown == MASK, 0, np.where(shown == FIRST_ORDINARY, 1, 2))
+    assert both.sum() > 1000
+    assert (fates[:, 0] != fates[:, 1]).mean() < 0.02
+    assert np.bincount(fates[:, 0]) / len(fates) == pytest.approx([0.8, 0.1, 0.1], abs=0.04)
+    random = shown[fates[:, 0] == 2]
+    assert (random[:, 0] != random[:, 1]).mean() > 0.9  # each token draws its own
 
 
 def spanbert_runs(rng, length: int, count: int) -> int:
