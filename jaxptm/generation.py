@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,34 @@ from jaxptm.nn.text import TextModel, empty_caches
 from jaxptm.types import Array, JaxptmError, Params
 
 PROMPT_STEP = 32
-"""Prompts are padded to a multiple of this, so that few shapes are compiled."""
+"""Prompts and the room behind them are padded to a multiple of this, so that few shapes are compiled."""
+NEUTRAL: Mapping[str, float | None] = {
+    "temperature": 1,
+    "top_k": 50,
+    "top_p": 1,
+    "min_p": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "stop_strings": None,
+    "guidance_scale": 1,
+}
+"""Settings of generation_config.json that change texts and are not read from there, and values that change nothing."""
 
 
 class Sampling(NamedTuple):
@@ -32,7 +59,7 @@ def generate(
     input_ids: np.ndarray,
     attention_mask: np.ndarray | None = None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
@@ -46,7 +73,7 @@ def generate(
     Args:
         input_ids: int [B, P] prompts; shorter ones are padded on the left.
         attention_mask: int [B, P], 0 for that padding; default all ones.
-        max_new_tokens: tokens to add at most.
+        max_new_tokens: tokens to add at most, to all rows or to each.
         sampling: None takes the likeliest token each time.
         eos_token_id: a row ends behind one of these; none of them where empty or None.
         pad_token_id: what follows a row that has ended; default the first end token.
@@ -64,7 +91,8 @@ def generate(
         raise JaxptmError(
             f"a {module.task or 'bare'} model does not generate text; open a GPT-2 with the task causal-lm."
         )
-    ids, mask = _checked(config.vocab_size, config.max_length, input_ids, attention_mask, max_new_tokens)
+    ids, mask = _checked_prompts(config.vocab_size, input_ids, attention_mask)
+    limits = _checked_limits(config.max_length, mask.sum(axis=1), max_new_tokens)
     if sampling is not None:
         sampling = _in_range(sampling, config.vocab_size)
     ends = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
@@ -81,10 +109,11 @@ def generate(
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(rows)
     new, count = _decode(
         module,
-        max_new_tokens,
+        -(-int(limits.max()) // PROMPT_STEP) * PROMPT_STEP,
         params,
         padded,
         np.pad(mask, ((0, 0), (more, 0))),
+        limits,
         keys,
         sampling,
         np.asarray(ends, np.int32),
@@ -96,20 +125,26 @@ def generate(
 @partial(jax.jit, static_argnums=(0, 1))
 def _decode(
     module: TextModel,
-    max_new_tokens: int,
+    room: int,
     params: Params,
     input_ids: Int[Array, "B P"],
     attention_mask: Int[Array, "B P"],
+    limits: Int[Array, " B"],
     keys: Key[Array, " B"],
     sampling: Sampling | None,
     ends: Int[Array, " E"],
     pad: int | Array,
 ) -> tuple[Int[Array, "B N"], Int[Array, ""]]:
-    """The new tokens, with `pad` behind a row's end, and how many there are in the longest row."""
+    """The new tokens, with `pad` behind a row's end, and how many there are in the longest row.
+
+    Args:
+        room: N, for new tokens.
+        limits: how many of them each row gets at most, from 1 to N.
+    """
     rows, length = input_ids.shape
     lengths = attention_mask.sum(axis=1)
     # Nothing sees what has not been written: each query sees up to its own place in the cache.
-    visible = jnp.pad(attention_mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
+    visible = jnp.pad(attention_mask, ((0, 0), (0, room)), constant_values=1)
 
     def forward(ids: Array, positions: Array, caches: Any) -> tuple[Array, Any]:
         """Logits behind the last of these tokens."""
@@ -123,22 +158,26 @@ def _decode(
         now = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         return jax.vmap(jax.random.categorical)(now, filter_logits(logits, *sampling)).astype(jnp.int32)
 
+    def ended(token: Array, count: Array | int) -> Array:
+        return jnp.isin(token, ends) | (count >= limits)
+
     def unfinished(state: tuple[Any, ...]) -> Array:
-        step, _, done, _, _ = state
-        return (step < max_new_tokens) & ~done.all()
+        _, _, done, _, _ = state
+        return ~done.all()
 
     def extend(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, done, tokens, caches = state
-        logits, caches = forward(token[:, None], (lengths + step - 1)[:, None], caches)
+        places = lengths + jnp.minimum(step, limits) - 1  # a row that has ended may have come to the last there is
+        logits, caches = forward(token[:, None], places[:, None], caches)
         token = jnp.where(done, pad, choose(logits, step)).astype(jnp.int32)
-        return step + 1, token, done | jnp.isin(token, ends), tokens.at[:, step].set(token), caches
+        return step + 1, token, done | ended(token, step + 1), tokens.at[:, step].set(token), caches
 
     positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    caches = empty_caches(module.config, module.execution, rows, length + max_new_tokens)
+    caches = empty_caches(module.config, module.execution, rows, length + room)
     logits, caches = forward(input_ids, positions, caches)
     token = choose(logits, 0)
-    tokens = jnp.full((rows, max_new_tokens), pad, jnp.int32).at[:, 0].set(token)
-    state = (jnp.int32(1), token, jnp.isin(token, ends), tokens, caches)
+    tokens = jnp.full((rows, room), pad, jnp.int32).at[:, 0].set(token)
+    state = (jnp.int32(1), token, ended(token, 1), tokens, caches)
     count, _, _, tokens, _ = jax.lax.while_loop(unfinished, extend, state)
     return tokens, count
 
@@ -165,9 +204,7 @@ def filter_logits(
     return jnp.put_along_axis(scaled, order, jnp.where(kept, ranked, -jnp.inf), axis=-1, inplace=False)
 
 
-def _checked(
-    vocab_size: int, max_length: int, input_ids: Any, attention_mask: Any, max_new_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked_prompts(vocab_size: int, input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         raise JaxptmError(f"`input_ids` is {ids.dtype} of shape {list(ids.shape)}, expected integers [batch, length].")
@@ -185,15 +222,25 @@ def _checked(
         )
     if not 0 <= ids.min() <= ids.max() < vocab_size:
         raise JaxptmError(f"`input_ids` goes from {ids.min()} to {ids.max()}; the model takes 0 to {vocab_size - 1}.")
-    if max_new_tokens < 1:
-        raise JaxptmError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-    longest = int(mask.sum(axis=1).max())
-    if longest + max_new_tokens > max_length:
-        raise JaxptmError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are {longest + max_new_tokens}, the model "
-            f"takes {max_length}; shorten the prompt or lower max_new_tokens."
-        )
     return ids.astype(np.int32), mask
+
+
+def _checked_limits(max_length: int, lengths: np.ndarray, max_new_tokens: int | Sequence[int]) -> np.ndarray:
+    """int32 [B], how many tokens each prompt gets at most."""
+    limits = np.array(max_new_tokens, np.int32)
+    if limits.shape not in ((), lengths.shape):
+        raise JaxptmError(f"max_new_tokens holds {limits.size} numbers for {len(lengths)} prompts: give one each.")
+    if limits.min() < 1:
+        raise JaxptmError(f"max_new_tokens is {limits.min()}, expected at least 1.")
+    limits = np.broadcast_to(limits, lengths.shape)
+    longest = int(np.argmax(lengths + limits))
+    length, new = int(lengths[longest]), int(limits[longest])
+    if length + new > max_length:
+        raise JaxptmError(
+            f"a prompt of {length} tokens and {new} new ones are {length + new}, the model takes {max_length}; "
+            "shorten the prompt or lower max_new_tokens."
+        )
+    return limits
 
 
 def _in_range(sampling: Sampling, vocab_size: int) -> Sampling:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxptm.architectures import check_vocabulary, declared_task, read_config, read_family
 from jaxptm.config import validate
 from jaxptm.data.tokenizer import load_tokenizer
-from jaxptm.generation import Sampling, generate
+from jaxptm.generation import NEUTRAL, Sampling, generate
 from jaxptm.hf import files
 from jaxptm.hf import table as weights
 from jaxptm.models import Family
@@ -140,7 +140,7 @@ class Model:
         input_ids: Any,
         attention_mask: Any = None,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = 50,
@@ -155,8 +155,8 @@ class Model:
         Args:
             do_sample: draw tokens, with `temperature`, among the `top_k` best that make up `top_p`; otherwise take the
                 likeliest.
-            eos_token_id: default what config.json says; [] for rows that never end.
-            pad_token_id: default what config.json says, or else the end token.
+            eos_token_id: default what generation_config.json says, or else config.json; [] for rows that never end.
+            pad_token_id: default what these say, or else the end token.
         """
         if not isinstance(self.module, TextModel):
             raise JaxptmError(f"a {self.family.model_type} does not generate text.")
@@ -164,6 +164,11 @@ class Model:
         if do_sample:
             every = self.config.vocab_size
             sampling = Sampling(temperature, every if top_k is None else top_k, 1.0 if top_p is None else top_p)
+        if eos_token_id is None:
+            eos_token_id = self.declared_tokens("eos_token_id")
+        if pad_token_id is None:
+            declared = self.declared_tokens("pad_token_id")
+            pad_token_id = self.config.pad_token_id if declared is None else next(iter(declared), None)
         return generate(
             self.module,
             self.params,
@@ -171,11 +176,44 @@ class Model:
             None if attention_mask is None else np.asarray(attention_mask),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos_token_id=self.hf_config.get("eos_token_id") if eos_token_id is None else eos_token_id,
-            pad_token_id=self.config.pad_token_id if pad_token_id is None else pad_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
             seed=seed,
             first_row=first_row,
         )
+
+    def declared_tokens(self, name: str) -> list[int] | None:
+        """The ids of `eos_token_id` or `pad_token_id` as generation_config.json says, or else config.json.
+
+        None where neither has the key. Ids outside the vocabulary are left out, as no text holds them: a small GPT-2
+        often declares the end of the published one.
+
+        Raises:
+            JaxptmError: it holds something else than ids.
+        """
+        if name not in self._generation_config:
+            return None
+        value = self._generation_config[name]
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise JaxptmError(f"{self.source}: {name} is {value!r}, expected an id or a list of ids.")
+        return [token for token in ids if 0 <= token < self.config.vocab_size]
+
+    @cached_property
+    def _generation_config(self) -> Mapping[str, Any]:
+        """What config.json says, and over it generation_config.json, if there is one."""
+        path = None if self.source is None else self.source / files.GENERATION_FILES[0]
+        if path is None or not path.exists():
+            return self.hf_config
+        own = files.read_json(path)
+        unread = [f"{name} {own[name]}" for name in NEUTRAL if own.get(name) not in (None, NEUTRAL[name])]
+        if unread:
+            log.warning(
+                "%s: is read for eos_token_id and pad_token_id alone, not for %s; pass what `generate` takes of these.",
+                path,
+                ", ".join(unread),
+            )
+        return {**self.hf_config, **own}
 
     @cached_property
     def _apply(self) -> Any:

@@ -18,6 +18,8 @@ Direction = Literal["forward", "backward", "update"]
 _INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z-]*)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _WRAPPED = re.compile(r"^(?:\w+\()+(\w*)\)+$")
+_REPEATED = re.compile(r"(?<![^/])((?:[^/]+/)+)\1+")
+"""A path twice or more, one behind the other: what `jax.checkpoint` recomputes has the scope of both passes."""
 _CONTAINERS = frozenset(("while", "conditional", "call"))
 """Their time is that of the operations within, which the profiler has as well."""
 
@@ -84,7 +86,7 @@ def origin(op_name: str, modules: Set[str]) -> tuple[str, Direction]:
         direction = "backward" if "transpose(" in op_name else "forward"
     names = (_WRAPPED.sub(r"\1", name) for name in op_name.split("/")[:-1])
     path = ["layer" if name == "layers" else re.sub(r"_\d+$", "", name) for name in names if name in modules]
-    return "/".join(path), direction
+    return _REPEATED.sub(r"\1", "".join(f"{name}/" for name in path)).rstrip("/"), direction
 
 
 def operations(profiles: Iterable[Any]) -> Iterator[tuple[str, float]]:

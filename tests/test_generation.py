@@ -86,6 +86,19 @@ def test_some_rows_end_and_others_go_on(pair: tuple[Any, Model]) -> None:
     )
 
 
+def test_each_row_has_its_own_limit(pair: tuple[Any, Model]) -> None:
+    """Also one at the end of the context, beside which a longer prompt has come to it before."""
+    _, ours = pair
+    ids, mask = prompts()
+    limits = [CONTEXT - LENGTHS[0], CONTEXT - LENGTHS[1], 1, 64, 2, 30, 31, 32]
+    found = ours.generate(ids, mask, max_new_tokens=limits, eos_token_id=1, pad_token_id=0)
+    assert found.shape == (8, 40 + max(limits))
+    for row, (length, limit) in enumerate(zip(LENGTHS, limits, strict=True)):
+        alone = ours.generate(ids[row : row + 1, -length:], max_new_tokens=limit, eos_token_id=1, pad_token_id=0)
+        np.testing.assert_array_equal(found[row, 40 : 40 + limit], alone[0, length:])
+        assert not found[row, 40 + limit :].any()
+
+
 def test_the_loop_stops_when_all_rows_have_ended(pair: tuple[Any, Model]) -> None:
     _, ours = pair
     ids, _ = prompts()
@@ -212,7 +225,9 @@ def test_settings_of_sampling_do_not_compile_again(pair: tuple[Any, Model]) -> N
     before = generation._decode._cache_size()
     for options in ({"temperature": 0.3}, {"top_k": 7}, {"top_p": 0.5}, {"seed": 9}, {"top_k": None}):
         ours.generate(ids, mask, max_new_tokens=12, do_sample=True, **options)
-    ours.generate(ids[:, 3:], mask[:, 3:], max_new_tokens=12, do_sample=True)  # the same multiple of 32
+    # The same multiples of 32.
+    ours.generate(ids[:, 3:], mask[:, 3:], max_new_tokens=12, do_sample=True)
+    ours.generate(ids, mask, max_new_tokens=[12, 32, *range(1, 7)], do_sample=True)
     assert generation._decode._cache_size() == before
 
 
@@ -273,9 +288,11 @@ def test_a_step_costs_one_token_whatever_came_before(rows: int) -> None:
     def loop_and_prompt(prompt: int, new: int) -> tuple[int, int]:
         ids = jnp.zeros((rows, prompt), jnp.int32)
         ends, keys = jnp.zeros(1, jnp.int32), jax.vmap(jax.random.key)(jnp.arange(rows))
+        limits = jnp.full(rows, new, jnp.int32)
         sampling = Sampling(1.0, 5, 0.9)
         found = oracle.equations(
-            lambda params: generation._decode(module, new, params, ids, ids + 1, keys, sampling, ends, 0), params
+            lambda params: generation._decode(module, new, params, ids, ids + 1, limits, keys, sampling, ends, 0),
+            params,
         )
         # jax's own loops, such as those of random numbers, hold no products.
         loop = sum(
@@ -306,7 +323,9 @@ def test_a_step_costs_one_token_whatever_came_before(rows: int) -> None:
     ("change", "message"),
     [
         ({"max_new_tokens": 100}, "a prompt of 40 tokens and 100 new ones are 140, the model takes 128"),
+        ({"max_new_tokens": [1, 89, 88, 1, 1, 1, 1, 1]}, "a prompt of 40 tokens and 89 new ones are 129"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+        ({"max_new_tokens": [1] * 7}, "max_new_tokens holds 7 numbers for 8 prompts"),
         ({"input_ids": np.zeros((2, 0), int), "attention_mask": None}, "prompt 0 is empty"),
         ({"attention_mask": np.zeros((8, 40), int)}, "prompt 0 is empty: give at least one token"),
         ({"attention_mask": np.eye(8, 40, 7, dtype=int)[:, ::-1]}, "pad prompts on the left"),

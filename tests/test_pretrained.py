@@ -514,6 +514,8 @@ ROW = np.ones((2, 8), np.int64)
         ({"attention_mask": ROW}, "give the model `input_ids`, an integer array of shape [batch, length]."),
         ({"input_ids": ROW[0]}, "`input_ids` has shape [8], expected [batch, length]."),
         ({"input_ids": ROW[None]}, "`input_ids` has shape [1, 2, 8], expected [batch, length]."),
+        ({"input_ids": ROW[:, :0]}, "`input_ids` has shape [2, 0]: give at least one row of at least one token."),
+        ({"input_ids": ROW[:0]}, "`input_ids` has shape [0, 8]: give at least one row of at least one token."),
         ({"input_ids": ROW * 67}, "`input_ids` goes from 67 to 67; the model takes 0 to 66."),
         ({"input_ids": ROW * -1}, "`input_ids` goes from -1 to -1; the model takes 0 to 66."),
         ({"input_ids": ROW * 1.0}, "`input_ids` holds float64, expected integers."),

@@ -11,7 +11,7 @@ import pytest
 from jaxptm.profiling import instructions, operations, origin, table, time_by_module
 
 MODULES = frozenset(
-    ("encoder", "layer_0", "layer_11", "attention", "mlp", "up", "mlm_head", "kernel", "generator", "layers")
+    ("encoder", "layer_0", "layer_11", "attention", "mlp", "up", "mlp_up", "mlm_head", "kernel", "generator", "layers")
 )
 
 
@@ -33,6 +33,15 @@ MODULES = frozenset(
         ("jit(body)/jvp(TextModel)/encoder/layer_0/Dropout_0/jit(_where)/select_n", ("encoder/layer", "forward")),
         ("jit(body)/transpose(jvp(vmap(mlm_head)))/neg", ("mlm_head", "backward")),
         ("jit(body)/jvp(generator)/TextModel/encoder/layers/mlp/up/add", ("generator/encoder/layer/mlp/up", "forward")),
+        (  # jax.checkpoint: of a function, and of a layer in whose scope others begin
+            "jit(body)/transpose(jvp(TextModel))/encoder/mlp/checkpoint/rematted_computation/encoder/mlp/mul",
+            ("encoder/mlp", "backward"),
+        ),
+        (
+            "jit(body)/transpose(jvp(generator))/TextModel/encoder/jvp(generator)/TextModel/encoder/checkpoint/layer_0/up/add",
+            ("generator/encoder/layer/up", "backward"),
+        ),
+        ("jit(body)/jvp(generator)/up/mlp_up/up/add", ("generator/up/mlp_up/up", "forward")),
         ("jit(body)/jvp()/mul", ("", "forward")),
         ("jit(body)/mul", ("", "update")),
         ("state.params['encoder']['layer_0']['mlp']['up']['kernel']", ("", "update")),

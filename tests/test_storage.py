@@ -342,7 +342,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(
     assert json.loads((there / "results.json").read_text()) == results
     assert [line["step"] for line in read_metrics(there / "metrics.jsonl")] == [3, 6, 7, 9, 12]
     assert {path.name for path in there.iterdir()} == {
-        "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "model", "results.json", "tensorboard"
+        "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "model", "results.json", "tensorboard", "tokenizer"
     }  # fmt: skip
     assert len(list((there / "tensorboard").iterdir())) == 2
     for name, tensor in weights(alone.out).items():

@@ -109,7 +109,7 @@ class TextConfig(ModelConfig):
                 `attention_mask`, `token_type_ids`, `position_ids`, `segment_ids`; and `mlm_positions` [B, P].
 
         Raises:
-            JaxptmError: an input without a name here, of another shape, or with an id outside its table.
+            JaxptmError: an input without a name here, of another shape, empty, or with an id outside its table.
         """
         if "input_ids" not in arrays:
             raise JaxptmError("give the model `input_ids`, an integer array of shape [batch, length].")
@@ -117,6 +117,8 @@ class TextConfig(ModelConfig):
         axes = "[batch, choices, length]" if task == "multiple-choice" else "[batch, length]"
         if ids.ndim != axes.count(",") + 1:
             raise JaxptmError(f"`input_ids` has shape {list(ids.shape)}, expected {axes}.")
+        if not ids.size:
+            raise JaxptmError(f"`input_ids` has shape {list(ids.shape)}: give at least one row of at least one token.")
         # XLA clamps or wraps an index outside a table without a word, so look before.
         limits = {
             "input_ids": self.vocab_size,

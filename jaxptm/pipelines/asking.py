@@ -21,7 +21,7 @@ from jaxptm.types import JaxptmError
 
 CHUNK = 128
 """Inputs that are answered before the next ones are read."""
-FILES = r"\S+\.(txt|((csv|tsv|jsonl)(\.gz)?)|parquet)"
+FILES = r"\S+\.(txt|((csv|tsv|jsonl|json)(\.gz)?)|parquet)"
 """Names of files, which are no texts."""
 SET_BY_INPUT = ("self", "inputs", "question", "context", "first")
 """Arguments of pipelines that are no options."""
@@ -73,8 +73,8 @@ def read_inputs(task: str, arguments: Sequence[str], columns: str | None = None)
     """Inputs of a task from texts and files, or where there are none from standard input.
 
     Args:
-        arguments: texts, or paths of files that exist: tables (`.csv`, `.tsv`, `.parquet`), `.jsonl`, and else a text
-            a line.
+        arguments: texts, or paths of files that exist: tables (`.csv`, `.tsv`, `.parquet`), `.jsonl`, `.json` (an
+            array), and else a text a line.
         columns: names of columns or keys to take instead of the task's own, parted by commas.
 
     Raises:
@@ -98,6 +98,8 @@ def read_inputs(task: str, arguments: Sequence[str], columns: str | None = None)
             yield Input(f"input {number}", _of_line(kind, names, argument))
         elif argument.endswith((".csv", ".tsv", ".csv.gz", ".tsv.gz")):
             yield from _of_delimited(kind, names, Path(argument))
+        elif argument.endswith((".json", ".json.gz")):
+            yield from _of_array(kind, names, argument)
         elif argument.endswith((".conll", ".conllu")):
             raise JaxptmError(f"{argument}: holds tags beside its words; give plain texts, one a line.")
         elif argument.endswith(".parquet"):
@@ -200,16 +202,24 @@ def _of_line(kind: Any, names: Sequence[str], line: str, json_lines: bool = Fals
         except ValueError as error:
             hint = "" if json_lines else "; a line that begins with { is read as JSON"
             return JaxptmError(f"is not JSON: {error}{hint}.")
-        if isinstance(record, dict):
-            return _of_record(kind, names, record)
-        line = record if isinstance(record, str) else ""
-    parts = line.split("\t") if kind.needed > 1 else [line]
+        return _of_json(kind, names, record)
+    return _of_text(kind, names, line)
+
+
+def _of_text(kind: Any, names: Sequence[str], text: str) -> Any:
+    parts = text.split("\t") if kind.needed > 1 else [text]
     if len(parts) != kind.needed or not parts[0]:
         form = json.dumps(dict.fromkeys(names[: kind.needed], "..."))
         return JaxptmError(
-            f"{line[:60]!r} is not {form}" + (", nor two texts parted by a tab." if kind.needed > 1 else ".")
+            f"{text[:60]!r} is not {form}" + (", nor two texts parted by a tab." if kind.needed > 1 else ".")
         )
     return _of_record(kind, names, dict(zip(names, parts, strict=False)))
+
+
+def _of_json(kind: Any, names: Sequence[str], value: Any) -> Any:
+    if isinstance(value, dict):
+        return _of_record(kind, names, value)
+    return _of_text(kind, names, value if isinstance(value, str) else "")
 
 
 def _of_record(kind: Any, names: Sequence[str], record: Mapping[str, Any]) -> Any:
@@ -223,6 +233,15 @@ def _of_record(kind: Any, names: Sequence[str], record: Mapping[str, Any]) -> An
             return JaxptmError(f"{name!r} {found}, expected text.")
         given[field] = value
     return given if len(given) > 1 else given[kind.fields[0]]
+
+
+def _of_array(kind: Any, names: Sequence[str], path: str) -> Iterator[Input]:
+    try:
+        content = json.loads(read_text(Path(path)))
+    except ValueError as error:
+        raise JaxptmError(f"{path}: is not JSON: {error}; call a file of one JSON object a line .jsonl.") from error
+    for at, value in enumerate(content if isinstance(content, list) else [content]):
+        yield Input(f"{path}[{at}]", _of_json(kind, names, value))
 
 
 def _of_delimited(kind: Any, names: Sequence[str], path: Path) -> Iterator[Input]:

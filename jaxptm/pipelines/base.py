@@ -49,6 +49,12 @@ def window(model: Model) -> int:
     return min(model.max_length, int(model.tokenizer.model_max_length))
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises JaxptmError for a batch without rows."""
+    if batch_size < 1:
+        raise JaxptmError(f"batch_size is {batch_size}, expected at least 1.")
+
+
 def check_lengths(model: Model, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
     """Raises JaxptmError for the first text whose row of tokens is longer than the model."""
     for text, ids in zip(texts, rows, strict=True):
@@ -76,14 +82,15 @@ def run_rows(
             that by the padding.
 
     Raises:
-        JaxptmError: a row is longer than the model.
+        JaxptmError: a row is empty or longer than the model.
     """
-    if batch_size < 1:
-        raise JaxptmError(f"batch_size is {batch_size}, expected at least 1.")
+    check_batch_size(batch_size)
     examples, limit = Examples.of(encoded), model.max_length
     lengths = examples.lengths
     if len(lengths) and lengths.max() > limit:
         raise JaxptmError(f"input {int(lengths.argmax())} has {lengths.max()} tokens, the model takes {limit}.")
+    if len(lengths) and not lengths.min():
+        raise JaxptmError(f"input {int(lengths.argmin())} is empty: it has no tokens to answer for; leave it out.")
     order = np.argsort(lengths, kind="stable")
     results: dict[int, T] = {}
     for first in range(0, len(order), batch_size):

@@ -15,7 +15,7 @@ from jaxptm.pipelines.base import Pipeline, check_lengths, run_rows, window
 from jaxptm.pretrained import Model
 from jaxptm.types import JaxptmError
 
-Text = str | Mapping[str, str]
+Text = str | Mapping[str, str | None]
 """A text, or a pair as {"text", "text_pair"}."""
 
 
@@ -80,9 +80,12 @@ class TextClassification(Pipeline):
     def _encode(self, texts: Sequence[Text], truncation: bool) -> dict[str, list[list[int]]]:
         pairs = []
         for text in texts:
-            if not isinstance(text, str | Mapping) or (isinstance(text, Mapping) and "text" not in text):
+            given = text if isinstance(text, Mapping) else {"text": text}
+            pair = {name: value for name, value in given.items() if value is not None}
+            known = "text" in pair and pair.keys() <= set(self.fields)
+            if not known or not all(isinstance(value, str) for value in pair.values()):
                 raise JaxptmError(f'{text!r} is no text; a pair is {{"text": ..., "text_pair": ...}}.')
-            pairs.append({"text": text} if isinstance(text, str) else dict(text))
+            pairs.append(pair)
         cut = {"truncation": truncation, "max_length": window(self.model) if truncation else None}
         rows: dict[str, list[list[int]]] = {"input_ids": []}
         # Neighbours of one form at once: the tokenizer takes texts alone or in pairs.

@@ -23,6 +23,11 @@ POOLINGS = {
 }
 """Names of poolings in newer configs of sentence-transformers, and their switches in older ones, in the order in which
 several are joined."""
+TRANSFORMER_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""What sentence-transformers says of a text before it is encoded, in the first of these that is there."""
 
 
 class FeatureExtraction(Pipeline):
@@ -38,7 +43,8 @@ class FeatureExtraction(Pipeline):
         Args:
             inputs: a text or several.
             pooling: one vector a text, made as the model's `modules.json` of sentence-transformers says (Reimers &
-                Gurevych 2019, section 3); texts are cut to the length that it says.
+                Gurevych 2019, section 3); texts are cut to the length that it says, and put into lower case if it
+                does.
             truncation: cut texts that are longer than the model.
             batch_size: texts that run at once.
 
@@ -51,6 +57,8 @@ class FeatureExtraction(Pipeline):
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         steps = Pooling.of(self.model) if pooling else None
+        if steps is not None and steps.lower_case:
+            texts = [text.lower() for text in texts]
         if steps is not None or truncation:
             limit = window(self.model) if steps is None else steps.length
             encoded = self.model.tokenizer(texts, truncation=True, max_length=limit) if texts else {"input_ids": []}
@@ -77,8 +85,8 @@ class FeatureExtraction(Pipeline):
 class Pooling:
     """What makes one vector of those of a text: poolings, one after the other, and perhaps unit length."""
 
-    def __init__(self, poolings: Sequence[str], normalised: bool, length: int) -> None:
-        self.poolings, self.normalised, self.length = poolings, normalised, length
+    def __init__(self, poolings: Sequence[str], normalised: bool, length: int, lower_case: bool) -> None:
+        self.poolings, self.normalised, self.length, self.lower_case = poolings, normalised, length, lower_case
 
     @classmethod
     def of(cls, model: Model) -> Pooling:
@@ -94,15 +102,16 @@ class Pooling:
             )
         path = model.source / "modules.json"
         poolings: list[str] = []
-        normalised = False
+        normalised = lower_case = False
         length = window(model)
         for module in _modules(path):
             kind, place = module["type"].split(".")[-1], model.source / module["path"]
             match kind:
                 case "Transformer":
-                    if (place / "sentence_bert_config.json").exists():
-                        said = files.read_json(place / "sentence_bert_config.json").get("max_seq_length")
-                        length = min(length, said or length)
+                    for file in files.found(place, TRANSFORMER_FILES)[:1]:
+                        said = files.read_json(file)
+                        length = min(length, said.get("max_seq_length") or length)
+                        lower_case = bool(said.get("do_lower_case"))
                 case "Pooling":
                     poolings = _poolings(place / "config.json")
                 case "Normalize":
@@ -111,7 +120,7 @@ class Pooling:
                     raise JaxptmError(f"{path}: the module {module['type']} is not known; there is Pooling, Normalize.")
         if not poolings:
             raise JaxptmError(f"{path}: names no pooling.")
-        return cls(poolings, normalised, length)
+        return cls(poolings, normalised, length, lower_case)
 
     def __call__(self, hidden: Float[np.ndarray, "L D"]) -> Float[np.ndarray, " E"]:
         """[D], or as many times more as there are poolings."""

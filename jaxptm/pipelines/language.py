@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxptm.data.examples import Examples
 from jaxptm.data.tokenizer import filler
-from jaxptm.pipelines.base import LENGTH_STEP, Pipeline, window
+from jaxptm.pipelines.base import LENGTH_STEP, Pipeline, check_batch_size, window
 from jaxptm.pretrained import Model
 from jaxptm.types import JaxptmError
 
@@ -51,6 +52,7 @@ class FillMask(Pipeline):
             JaxptmError: a text without a mask token or longer than the model, or a target that is no single token.
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        check_batch_size(batch_size)
         if top_k < 1:
             raise JaxptmError(f"top_k is {top_k}, expected at least 1.")
         chosen = self._target_ids([targets] if isinstance(targets, str) else targets)
@@ -70,7 +72,9 @@ class FillMask(Pipeline):
         tokenizer, limit = self.model.tokenizer, self.model.max_length
         if tokenizer_kwargs.get("truncation"):
             tokenizer_kwargs = {"max_length": window(self.model), **tokenizer_kwargs}
-        encoded = tokenizer(texts, verbose=False, **tokenizer_kwargs)["input_ids"]
+        # Rows are filled up below, on the right, whatever the tokenizer would do.
+        rows = tokenizer(texts, **{**tokenizer_kwargs, "padding": False, "verbose": False})
+        encoded = rows["input_ids"]
         masks = [[at for at, token in enumerate(ids) if token == tokenizer.mask_token_id] for ids in encoded]
         for text, ids, positions in zip(texts, encoded, masks, strict=True):
             if not positions:
@@ -79,12 +83,9 @@ class FillMask(Pipeline):
                 raise JaxptmError(f"{text[:60]!r}...: {len(ids)} tokens, the model takes {limit}; shorten the text.")
         length = min(limit, -(-max(map(len, encoded)) // LENGTH_STEP) * LENGTH_STEP)
         slots = max(map(len, masks))
-        batch = tokenizer.pad({"input_ids": encoded}, padding="max_length", max_length=length, return_tensors="np")
-        out = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            mlm_positions=[positions + [0] * (slots - len(positions)) for positions in masks],
-        )
+        batch: dict[str, Any] = Examples.of(rows).batch(range(len(texts)), length, filler(tokenizer))
+        batch["mlm_positions"] = [positions + [0] * (slots - len(positions)) for positions in masks]
+        out = self.model(**batch)
         scores = np.asarray(jax.nn.softmax(out.logits, axis=-1))
         results = []
         for row, (ids, positions) in enumerate(zip(encoded, masks, strict=True)):
@@ -154,7 +155,7 @@ class TextGeneration(Pipeline):
 
         Args:
             inputs: a text, or several.
-            max_new_tokens: at most; default 256, or what the model's context has room for.
+            max_new_tokens: at most; default 256, or what the model's context has room for behind the text.
             do_sample: draw tokens (see `jaxptm.generation.filter_logits`) rather than take the likeliest.
             num_return_sequences: answers a text.
             return_full_text: whether an answer begins with the text it continues.
@@ -169,22 +170,23 @@ class TextGeneration(Pipeline):
             JaxptmError: an empty text, one that leaves no room for new tokens, or settings out of range.
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        check_batch_size(batch_size)
         if num_return_sequences < 1 or (num_return_sequences > 1 and not do_sample):
             raise JaxptmError(
                 f"num_return_sequences is {num_return_sequences}: give at least 1, and more than 1 only with do_sample."
             )
         prompts = [self._encode(text) for text in texts for _ in range(num_return_sequences)]
-        if max_new_tokens is None:
-            room = self.model.max_length - max(map(len, prompts), default=0)
-            max_new_tokens = min(256, max(room, 1))
-        fill, end = filler(self.model.tokenizer), self.model.tokenizer.eos_token_id
+        rooms = [
+            min(256, self.model.max_length - len(prompt)) if max_new_tokens is None else max_new_tokens
+            for prompt in prompts
+        ]
+        fill, ends = filler(self.model.tokenizer), self.model.declared_tokens("eos_token_id")
         settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
             "do_sample": do_sample,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
-            "eos_token_id": self.model.hf_config.get("eos_token_id", end),
+            "eos_token_id": self.model.tokenizer.eos_token_id if ends is None else ends,
             "pad_token_id": fill,
             "seed": seed,
         }
@@ -194,7 +196,13 @@ class TextGeneration(Pipeline):
             length = max(map(len, rows))
             ids = np.array([[fill] * (length - len(row)) + row for row in rows])
             mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-            out = self.model.generate(ids, mask, first_row=first * num_return_sequences + start, **settings)
+            out = self.model.generate(
+                ids,
+                mask,
+                max_new_tokens=rooms[start : start + batch_size],
+                first_row=first * num_return_sequences + start,
+                **settings,
+            )
             for at, row in enumerate(rows, start):
                 text = texts[at // num_return_sequences]
                 new = self._new_text(row, out[at - start, length:].tolist())

@@ -43,15 +43,29 @@ def test_files_of_each_kind(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,question,context\n1,who,"a, cat"\n2,what,"the ""dog"""\n')
     (tmp_path / "a.tsv").write_text('context\tquestion\na, cat\twho\nthe "dog"\twhat\n')
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
     (tmp_path / "a.txt").write_text('who\ta, cat\nwhat\tthe "dog"\n')
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for kind in ("csv", "tsv", "jsonl", "txt", "parquet"):
+    for kind in ("csv", "tsv", "jsonl", "json", "txt", "parquet"):
         assert values("question-answering", tmp_path / f"a.{kind}") == wanted, kind
         if kind != "txt":
             assert values("fill-mask", tmp_path / f"a.{kind}", columns="context") == [w["context"] for w in wanted]
     both = {"text": "who", "text_pair": "a, cat"}
     assert values("text-classification", tmp_path / "a.csv", columns="question,context")[0] == both
     assert len(values("question-answering", tmp_path / "a.csv", tmp_path / "a.tsv")) == 4
+
+
+def test_json_is_an_array_or_one_object(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(["a", {"text": "b"}, 3, {"words": "c"}], indent=1))
+    found = list(read_inputs("fill-mask", [str(tmp_path / "a.json")]))
+    assert [given.value for given in found[:2]] == ["a", "b"]
+    assert [given.where for given in found] == [f"{tmp_path}/a.json[{at}]" for at in range(4)]
+    assert all(isinstance(given.value, JaxptmError) for given in found[2:])
+    (tmp_path / "one.json").write_text('{\n "text": "b"\n}\n')
+    assert values("fill-mask", tmp_path / "one.json") == ["b"]
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(JaxptmError, match=r"lines\.json: is not JSON: Extra data.*one JSON object a line \.jsonl"):
+        values("fill-mask", tmp_path / "lines.json")
 
 
 def test_what_is_wrong_with_an_input_is_said_of_it_alone(tmp_path: Path) -> None:
@@ -145,6 +159,7 @@ def test_names_of_files_are_no_texts(tmp_path: Path) -> None:
     for argument, columns in (
         (tmp_path / "nowhere.csv", None),
         ("revews.jsonl", None),
+        ("revews.json", None),
         ("some words", "text"),
         (tmp_path, None),
     ):

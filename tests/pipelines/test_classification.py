@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pipeline_pairs import WORDS, assert_close, opened, texts_of_all_lengths
+from pipeline_pairs import WORDS, assert_close, opened, save_small, texts_of_all_lengths
 from reference import SMALL, perturbed
 
 import jaxptm
@@ -41,6 +42,23 @@ def test_text_classification_answers_as_transformers_does(tmp_path: Path, fields
     mixed = [texts[0], pairs[0], texts[1], texts[2], pairs[1], pairs[2], {"text": texts[3]}]
     assert_close(ours(mixed, truncation=True), [theirs([one], truncation=True)[0] for one in mixed])
     assert ours([]) == []
+    assert ours({"text": "the cat", "text_pair": None}) == ours({"text": "the cat"})
+
+
+def test_a_row_without_tokens_is_an_error(tmp_path: Path) -> None:
+    """A tokenizer without special tokens makes none of an empty text."""
+    save_small(tmp_path, "BertForSequenceClassification", num_labels=2)
+    plain = {
+        "tokenizer.json": {"post_processor": None},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    }
+    for name, change in plain.items():
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    ours = jaxptm.pipeline("text-classification", tmp_path)
+    for texts in ([""], ["the cat", ""]):
+        with pytest.raises(JaxptmError, match=f"input {len(texts) - 1} is empty: it has no tokens"):
+            ours(texts)
 
 
 def test_wrong_input_of_text_classification(tmp_path: Path) -> None:
@@ -50,6 +68,7 @@ def test_wrong_input_of_text_classification(tmp_path: Path) -> None:
         ("cat", {"top_k": 0}, "top_k is 0"),
         ("cat", {"function_to_apply": "tanh"}, "'tanh', expected one of sigmoid, softmax, none"),
         ([{"text_pair": "b"}], {}, "is no text; a pair is"),
+        ({"text": "a", "text_pairs": "b"}, {}, "is no text; a pair is"),
         ("cat", {"batch_size": 0}, "batch_size is 0"),
     ):
         with pytest.raises(JaxptmError, match=message):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline_pairs import opened, texts_of_all_lengths
+from pipeline_pairs import opened, save_small, texts_of_all_lengths
 
 import jaxptm
 from jaxptm.types import JaxptmError
@@ -53,6 +53,42 @@ def test_pooling_is_that_of_sentence_transformers(tmp_path: Path, ways: list[str
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     np.testing.assert_allclose(ours(texts[0], pooling=True), wanted[0], atol=1e-4)
     assert ours([], pooling=True).shape[0] == 0 and ours([]) == []
+
+
+def test_older_files_say_what_is_done_to_texts(tmp_path: Path) -> None:
+    """Names that sentence-transformers had for sentence_bert_config.json, in the order in which it looks for them."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    save_small(tmp_path, "BertModel")
+    normalizer = json.loads((tmp_path / "tokenizer.json").read_text())["normalizer"]
+    cased = {
+        "tokenizer.json": {"normalizer": normalizer | {"lowercase": False}},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    }
+    for name, change in cased.items():
+        path = tmp_path / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    kinds = ("Transformer", ""), ("Pooling", "1_Pooling")
+    modules = [
+        {"idx": at, "name": str(at), "path": place, "type": f"sentence_transformers.models.{kind}"}
+        for at, (kind, place) in enumerate(kinds)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    texts = ["the cat sat on a mat and the dog slept", "The Dog", "LOG"]
+    ours = jaxptm.pipeline("feature-extraction", tmp_path)
+    silent = ours(texts, pooling=True)
+    said = json.dumps({"max_seq_length": 6, "do_lower_case": True})
+    (tmp_path / "sentence_xlnet_config.json").write_text(said)
+    wanted = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(texts)
+    assert not np.isclose(silent, wanted, atol=1e-2).all(axis=1).any()
+    np.testing.assert_allclose(ours(texts, pooling=True), wanted, atol=1e-4)
+    for kind in ("xlm-roberta", "albert", "camembert", "distilbert", "roberta", "bert"):
+        (tmp_path / f"sentence_{kind}_config.json").write_text("{}")
+        np.testing.assert_allclose(ours(texts, pooling=True), silent, atol=1e-5)
+        (tmp_path / f"sentence_{kind}_config.json").write_text(said)
+        np.testing.assert_allclose(ours(texts, pooling=True), wanted, atol=1e-4)
 
 
 def test_what_cannot_be_pooled_is_an_error(tmp_path: Path) -> None:

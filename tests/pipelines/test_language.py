@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,23 @@ def test_batches_do_not_matter(pair: tuple[Any, Any]) -> None:
         np.testing.assert_allclose([answer["score"] for answer in one], [answer["score"] for answer in many], rtol=1e-5)
 
 
+@pytest.mark.parametrize("change", [{"padding_side": "left"}, {"pad_token": None, "eos_token": "[SEP]"}])
+def test_rows_are_filled_up_as_the_model_was_trained(pair: tuple[Any, Any], tmp_path: Path, change: Any) -> None:
+    ours, theirs = pair
+    shutil.copytree(ours.model.source, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    other = jaxptm.pipeline("fill-mask", tmp_path)
+    assert {name: getattr(other.model.tokenizer, name) for name in change} == change
+    assert_same(other(TEXTS), theirs(TEXTS))
+
+
+def test_padding_that_is_asked_for_is_not_attended_to(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair
+    options = {"tokenizer_kwargs": {"padding": "max_length", "max_length": 36}}
+    assert_same(ours(TEXTS, **options), theirs(TEXTS, **options))
+
+
 def test_bad_input(pair: tuple[Any, Any], tmp_path: Path) -> None:
     ours, _ = pair
     with pytest.raises(JaxptmError, match=r"'no mask here' holds no mask token: write \[MASK\]"):
@@ -92,6 +111,9 @@ def test_bad_input(pair: tuple[Any, Any], tmp_path: Path) -> None:
         ours(TEXTS[0], targets=["elephant"])
     with pytest.raises(JaxptmError, match="top_k is 0"):
         ours(TEXTS[0], top_k=0)
+    for size in (0, -1):
+        with pytest.raises(JaxptmError, match=f"batch_size is {size}, expected at least 1"):
+            ours(TEXTS[0], batch_size=size)
     with pytest.raises(JaxptmError, match="there is no pipeline 'fly'; there is fill-mask, text-generation"):
         jaxptm.pipeline("fly", tmp_path)
 
@@ -178,10 +200,56 @@ def test_where_config_json_is_silent_the_tokenizer_knows_the_end(generators: tup
 
 
 def test_by_default_a_text_grows_as_long_as_the_model_takes(generators: tuple[Any, Any]) -> None:
+    """256 tokens where there is room, whatever the texts beside it leave."""
+    ours, theirs = generators
+    texts = ["The cat", "A dog sat on a log. " * 12, "The", "The cat sat on the mat. " * 4]
+    taken = [len(ours.model.tokenizer(text)["input_ids"]) for text in texts]
+    assert min(taken) < 5 and 80 < max(taken) < 96
+    alone = [theirs(text, do_sample=False, max_new_tokens=96 - n) for text, n in zip(texts, taken, strict=True)]
+    assert ours(texts, do_sample=False) == alone
+    drawn = ours(texts, seed=1)
+    assert drawn == ours(texts, seed=1, batch_size=2)
+    assert drawn == [ours(text, seed=1, first=at) for at, text in enumerate(texts)]
+
+
+def test_the_end_is_that_of_generation_config(
+    generators: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ours, _ = generators
-    default = ours("The cat", do_sample=False)
-    taken = len(ours.model.tokenizer("The cat")["input_ids"])
-    assert default == ours("The cat", do_sample=False, max_new_tokens=96 - taken)  # 256 where there is room
+    shutil.copytree(ours.model.source, tmp_path, dirs_exist_ok=True)
+    options = {"do_sample": False, "max_new_tokens": 24, "return_full_text": False}
+    grown = ours.model.generate([ours.model.tokenizer("The cat")["input_ids"]], max_new_tokens=24)[0, -20:].tolist()
+    said = {"eos_token_id": [grown[0], 50256], "pad_token_id": 50257, "num_beams": 1, "top_k": 50}
+    path = tmp_path / "generation_config.json"
+    for unread in ({}, {"repetition_penalty": 1.5}):
+        path.write_text(json.dumps(said | unread))
+        model = transformers.pipeline("text-generation", str(tmp_path), device="cpu")
+        model.model.generation_config.repetition_penalty = None
+        with caplog.at_level(logging.WARNING, logger="jaxptm"):
+            found = jaxptm.pipeline("text-generation", tmp_path)
+            answers = [found(BEGINNINGS, **options), found(BEGINNINGS, **options)][1]
+        assert answers == model(BEGINNINGS, **options, pad_token_id=0) != ours(BEGINNINGS, **options)
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == len(unread)
+    assert "generation_config.json: is read for eos" in messages[0] and "not for repetition_penalty 1.5" in messages[0]
+    path.write_text(json.dumps({"eos_token_id": "end"}))
+    with pytest.raises(JaxptmError, match="eos_token_id is 'end', expected an id or a list of ids"):
+        jaxptm.pipeline("text-generation", tmp_path)("The cat")
+
+
+def test_an_end_outside_the_vocabulary_is_never_met(generators: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, _ = generators
+    shutil.copytree(ours.model.source, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").unlink()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 50256, "pad_token_id": 50256}))
+    options = {"do_sample": False, "max_new_tokens": 24}
+    theirs = transformers.pipeline("text-generation", str(tmp_path), device="cpu")
+    found = jaxptm.pipeline("text-generation", tmp_path)
+    assert found(BEGINNINGS, **options) == [theirs(text, **options) for text in BEGINNINGS]
+    assert found.model.generate([[5]], max_new_tokens=8).shape == (1, 9)
+    with pytest.raises(JaxptmError, match="eos_token_id is 50256, outside the vocabulary"):
+        found.model.generate([[5]], max_new_tokens=8, eos_token_id=50256)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +259,8 @@ def test_by_default_a_text_grows_as_long_as_the_model_takes(generators: tuple[An
         (["The", ""], {}, "the text '' is empty"),
         ("cat " * 100, {}, "tokens, the model takes 96, new ones included; shorten the text"),
         ("The cat", {"max_new_tokens": 96}, "and 96 new ones are .* the model takes 96; shorten the prompt or lower"),
+        ("The cat", {"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ("The cat", {"batch_size": -1}, "batch_size is -1, expected at least 1"),
         ("The cat", {"num_return_sequences": 0}, "num_return_sequences is 0"),
         ("The cat", {"num_return_sequences": 2, "do_sample": False}, "more than 1 only with do_sample"),
         ("The cat", {"temperature": 0}, "temperature is 0, expected more than 0"),
