@@ -100,7 +100,11 @@ def convert(
 def _not_in_orbax(model: Model) -> list[str]:
     """Tensors that no parameter stands for, and that are no copy of one; Orbax has parameters alone."""
     table, tensors = model.family.table(model.config, model.task), model.tensors()
-    return [name for name, tensor in model.dead.items() if _bytes(tensor) != _bytes(tensors[table.dead[name]][0])]
+    return [
+        name
+        for name, tensor in model.dead.items()
+        if name in table.spare or _bytes(tensor) != _bytes(tensors[table.dead[name]][0])
+    ]
 
 
 def _refuse_to_mix(model: Model, target: Path) -> None:

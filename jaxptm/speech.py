@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,9 +105,8 @@ def hear(config: TrainConfig, prepared: Path, evaluated: Model | None = None) ->
     source = config.init_from if evaluated is None else evaluated.source
     directory = None if source is None else files.resolve(source)
     # A model that normalises over time has heard its padding when it learned.
-    preprocessor = Preprocessor(True, model.feat_extract_norm == "layer")
-    if directory is not None and (directory / "preprocessor_config.json").exists():
-        preprocessor = Preprocessor.load(directory)
+    usual = Preprocessor(True, model.feat_extract_norm == "layer")
+    preprocessor = (None if directory is None else Preprocessor.find(directory)) or usual
     asked, writes = data.vocabulary, name == "ctc"
     own = directory if directory is not None and (directory / "vocab.json").exists() else None
     if writes and own is not None and (asked is None or evaluated is not None):
@@ -123,12 +122,7 @@ def hear(config: TrainConfig, prepared: Path, evaluated: Model | None = None) ->
     speech = open_speech(data, prepared, crop=crop, labelled=name == "sequence-classification", frames=model.frames)
 
     if evaluated is not None and speech.vocabulary is not None:
-        outputs = evaluated.config.vocab_size
-        if len(speech.vocabulary) > outputs:
-            raise JaxptmError(
-                f"{data.vocabulary}: has {len(speech.vocabulary)} entries, and {source} tells {outputs} apart; name "
-                "its own in data.vocabulary."
-            )
+        check_outputs(speech.vocabulary, evaluated, f"{data.vocabulary}", "name its own in data.vocabulary")
     if evaluated is None and isinstance(config.objective, CtcConfig) and not config.objective.new_head:
         _check_spelling(asked, speech.vocabulary, own)
 
@@ -170,6 +164,15 @@ def hear(config: TrainConfig, prepared: Path, evaluated: Model | None = None) ->
     )
 
 
+def check_outputs(characters: Characters, model: Model, name: str, remedy: str) -> None:
+    """Raises JaxptmError where a model has too few outputs to write with a vocabulary of this name."""
+    if characters.outputs > model.config.vocab_size:
+        raise JaxptmError(
+            f"{name}: has {characters.outputs} entries, and {model.source} tells {model.config.vocab_size} apart; "
+            f"{remedy}."
+        )
+
+
 def _check_spelling(asked: str | None, vocabulary: Characters | None, own: Path | None) -> None:
     """Raises JaxptmError where a head would go on with another vocabulary than that of its directory `own`."""
     if asked is None or vocabulary is None or own is None or not has_head(own, "ctc"):
@@ -184,15 +187,12 @@ def _check_spelling(asked: str | None, vocabulary: Characters | None, own: Path 
 def score_transcripts(outputs: Outputs, *, characters: Characters, texts: Sequence[str]) -> dict[str, float]:
     """`wer` and `cer`: words and characters that are wrong, over those of the right transcripts (jiwer).
 
+    Special tokens, such as the start of a sentence, spell nothing.
+
     Args:
         outputs: `path` [F] of each utterance: the likeliest symbol of each frame.
         texts: what was said.
     """
-    spelled = spelling(characters)
-    said = [written(np.asarray(path), characters.blank, spelled) for path in outputs["path"]]
-    return scoring.transcripts(said, [characters.normal(text) for text in texts])
-
-
-def spelling(characters: Characters) -> Mapping[int, str]:
-    """What each symbol spells; others, such as the start of a sentence, spell nothing."""
-    return {i: character for character, i in characters.ids.items()}
+    said = [written(np.asarray(path), characters.blank, characters.spelling) for path in outputs["path"]]
+    right = [characters.normal(text) for text in texts]
+    return scoring.transcripts(list(map(characters.decoded, said)), list(map(characters.decoded, right)))

@@ -215,6 +215,8 @@ def test_speech(tmp_path: Path) -> None:
         path, ["objective.name=sequence-classification", "data.vocabulary=null", "data.labels=[up, down]"]
     )
     assert isinstance(labelled.data, AudioData)
+    some = load_config(path, ["objective.name=contrastive", "data.vocabulary=null", "train.eval_batches=2"])
+    assert some.train.eval_batches == 2
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,7 @@ def test_speech(tmp_path: Path) -> None:
         ("data.labels=[a, a]", "data: `labels` names one label twice"),
         ("data.unusable=ignore", "data.unusable: input should be 'skip' or 'error', not 'ignore'"),
         ("data.batches=tokens", "data.batches: input should be 'samples' or 'rows', not 'tokens'"),
+        ("train.eval_batches=2", "`train.eval_batches` is for pre-training: figures over labelled data read all of it"),
         ("objective.name=contrastive", "`data.vocabulary` is of transcripts, which only `objective.name: ctc` reads"),
         ("objective.name=masked-lm", r"does not go with these keys of `data`: it reads text \(`data.files`\)"),
         ("data={task: rte}", r"does not go with these keys of `data`: it reads speech \(`data.train`\)"),

@@ -244,7 +244,7 @@ def test_squad(home: Path) -> None:
     file, same = str(home / "squad.json"), str(home / "the_same.json")
     data = {"train_file": file, "eval_file": file, "version_2": True, "max_length": 24, "stride": 4}
     settings = {"objective": {"name": "question-answering"}, "train__epochs": 6, "train__metric": "best_f1"}
-    with pytest.raises(JaxptmError, match="data.eval_file: .* is what is learned from, too; name other questions"):
+    with pytest.raises(JaxptmError, match=r"data\.eval_file: .* is what is learned from, too; name other questions"):
         train(config_of(home, "squad", data=data, **settings))
     shutil.copy(file, same)
     config = config_of(home, "squad", data={**data, "eval_file": same}, **settings)

@@ -16,7 +16,7 @@ from recorded import tone, write_audio
 from test_training import assert_equal_to_the_bit, interrupt_and_resume
 
 from jaxptm.config import TrainConfig, validate
-from jaxptm.data.audio import decode, normalized
+from jaxptm.data.audio import Preprocessor, decode, normalized
 from jaxptm.data.batching import one_pass
 from jaxptm.data.characters import Characters
 from jaxptm.evaluation import evaluate
@@ -170,6 +170,9 @@ def test_a_head_keeps_the_vocabulary_that_it_writes_with(home: Path, tmp_path: P
     ids = Characters.load(tmp_path / "model").ids
     begun = config_of(home, "ctc", "begun", init_from=str(tmp_path / "model"), model=str(tmp_path / "model"))
     assert opened(begun).tokenizer.characters.ids == ids
+    assert opened(begun).tokenizer.preprocessor == Preprocessor(True, False)
+    (tmp_path / "model/processor_config.json").write_text('{"feature_extractor": {"do_normalize": false}}')
+    assert opened(begun).tokenizer.preprocessor == Preprocessor(False, False)
     figures = [
         evaluate(tmp_path / "model", config_of(home, "ctc", "seen", **changes))
         for changes in ({}, {"data__vocabulary": "characters"})

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -91,7 +92,7 @@ def normalized(samples: Float32[np.ndarray, " T"]) -> Float32[np.ndarray, " T"]:
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """What a checkpoint does to audio before it hears it, as its preprocessor_config.json says.
+    """What a checkpoint does to audio before it hears it.
 
     Attributes:
         do_normalize: each utterance to zero mean and unit variance.
@@ -104,19 +105,33 @@ class Preprocessor:
 
     @classmethod
     def load(cls, directory: str | Path) -> Preprocessor:
-        """Reads a checkpoint's file; without one, transformers' defaults hold.
+        """What a checkpoint says; where it says nothing, transformers' defaults hold.
+
+        Raises:
+            JaxptmError: see `find`.
+        """
+        return cls.find(directory) or cls()
+
+    @classmethod
+    def find(cls, directory: str | Path) -> Preprocessor | None:
+        """What a checkpoint says, or None where it says nothing.
+
+        It stands in processor_config.json under `feature_extractor`, where the processors of transformers 5 keep it, or
+        else in preprocessor_config.json (transformers, feature_extraction_utils.py, `get_feature_extractor_dict`).
 
         Raises:
             JaxptmError: the file is damaged, or asks for another rate than 16 kHz or for more than one channel.
         """
-        path = Path(directory) / "preprocessor_config.json"
-        if not path.exists():
-            return cls()
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            rate, features = fields.get("sampling_rate", RATE), fields.get("feature_size", 1)
-        except (OSError, ValueError, AttributeError) as error:
-            raise JaxptmError(f"{path}: is no JSON object: {error}.") from error
+        path = Path(directory) / "processor_config.json"
+        fields = _fields(path).get("feature_extractor") if path.exists() else None
+        if fields is None:
+            path = Path(directory) / "preprocessor_config.json"
+            if not path.exists():
+                return None
+            fields = _fields(path)
+        if not isinstance(fields, dict):
+            raise JaxptmError(f"{path}: `feature_extractor` is no JSON object.")
+        rate, features = fields.get("sampling_rate", RATE), fields.get("feature_size", 1)
         if (rate, features, fields.get("padding_value", 0.0)) != (RATE, 1, 0.0):
             raise JaxptmError(
                 f"{path}: asks for {features} value(s) at {rate} Hz; jaxptm hears one channel at {RATE} Hz, padded "
@@ -155,3 +170,14 @@ class Preprocessor:
                 heard = values[row, : length if self.return_attention_mask else None]
                 heard[:] = normalized(heard)
         return {"input_values": values} | ({"attention_mask": mask} if self.return_attention_mask else {})
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """The JSON object of a file."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JaxptmError(f"{path}: is no JSON object: {error}.") from error
+    if not isinstance(fields, dict):
+        raise JaxptmError(f"{path}: is no JSON object.")
+    return fields

@@ -20,6 +20,8 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 """Of a vocabulary made here, with the ids of wav2vec2-base-960h; `<pad>` is CTC's blank."""
 DELIMITER = "|"
 """Stands for the space."""
+PHONEMES = "Wav2Vec2PhonemeCTCTokenizer"
+"""The class of tokenizers whose symbols are phonemes, written with spaces between them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Characters:
     A transcript is normalised so: Unicode NFC; the characters of `ignore` are taken out; runs of white space become one
     space, none at the ends; letters go to upper case where the vocabulary has upper case alone, and to lower case
     where it has lower case alone.
+
+    Transcripts are encoded by single characters. Symbols of several, such as "CH", are never the target of training; a
+    model that says one has it spelled all the same.
 
     Attributes:
         ids: character -> id, special tokens left out; " " is the delimiter.
@@ -50,12 +55,17 @@ class Characters:
             JaxptmError: there is none, or it is not one of characters.
         """
         from transformers import Wav2Vec2CTCTokenizer
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
         path = Path(name).expanduser()
         try:
             if path.is_file():
                 return cls._of(Wav2Vec2CTCTokenizer(str(path)), ignore)
-            return cls._of(Wav2Vec2CTCTokenizer.from_pretrained(str(path if path.is_dir() else name)), ignore)
+            source = str(path if path.is_dir() else name)
+            tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(source)
+            if get_tokenizer_config(source).get("tokenizer_class") == PHONEMES:
+                raise ValueError(f"its `tokenizer_class: {PHONEMES}` writes phonemes, which are not supported")
+            return cls._of(tokenizer, ignore)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise JaxptmError(
@@ -97,6 +107,22 @@ class Characters:
 
     def __len__(self) -> int:
         return len(self.tokenizer)
+
+    @cached_property
+    def spelling(self) -> dict[int, str]:
+        """What each symbol spells: itself, the delimiter a space; special tokens are not among them."""
+        special = self.tokenizer.all_special_tokens
+        spelled = {i: token for token, i in self.tokenizer.get_vocab().items() if token not in special}
+        return spelled | {i: character for character, i in self.ids.items()}
+
+    @property
+    def outputs(self) -> int:
+        """How many a model needs; transformers adds special tokens and the delimiter behind them where they lack."""
+        return 1 + max(self.blank, *(i for i, spelled in self.spelling.items() if spelled != " "))
+
+    def decoded(self, text: str) -> str:
+        """What is spelled as the tokenizer writes it: in lower case where it has `do_lower_case`."""
+        return text.lower() if self.tokenizer.do_lower_case else text
 
     def save(self, directory: str | Path) -> None:
         """Writes a directory that transformers' Wav2Vec2CTCTokenizer opens."""

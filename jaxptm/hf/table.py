@@ -67,6 +67,7 @@ class Table:
         tied: their name -> their name of the tensor it shares. Checked for equality on load, written again on save.
         dead: their name -> their name. Parameters that no output depends on; they are kept aside on load, and on save
             written back as they were, or as a copy where there was none.
+        spare: their names of such parameters that are no copy of others, and are written back only where they were.
         ignored: regular expressions of their names that hold no weights (buffers of old versions).
     """
 
@@ -74,11 +75,12 @@ class Table:
     tied: Mapping[str, str] = field(default_factory=dict)
     dead: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
 
     @property
     def names(self) -> set[str]:
         """Every name of theirs that this table knows."""
-        return {row.theirs for row in self.rows} | set(self.tied) | set(self.dead)
+        return {row.theirs for row in self.rows} | set(self.tied) | set(self.dead) | set(self.spare)
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def load(
     problems += [f"unexpected {name} {list(tensors[name].shape)}" for name in unexpected]
     if problems:
         raise JaxptmError("\n  ".join([f"{source}: {len(problems)} weight(s) do not fit the model:", *problems]))
-    dead = {name: tensors[name] for name in table.dead if name in tensors}
+    dead = {name: tensors[name] for name in (*table.dead, *table.spare) if name in tensors}
     return Loaded(params, absent, dead, sorted(set(tensors) & known - table.names))
 
 

@@ -13,6 +13,8 @@ CONV = Operation(lambda theirs: [theirs.T], lambda ours: ours[0].T)
 """torch.nn.Conv1d keeps (out, in, taps), our kernels are (taps, in, out)."""
 TAPS = Operation(lambda theirs: [theirs.reshape(-1)], lambda ours: ours[0].reshape(1, 1, -1))
 """One number a tap."""
+MASKED = "masked_spec_embed"
+"""Stands in for masked frames."""
 ONE_ROW = Operation(lambda theirs: [theirs[None]], lambda ours: ours[0][0])
 """A vector that is a table of one entry here."""
 
@@ -101,7 +103,7 @@ def _encoder(config: AudioConfig, prefix: str) -> list[Row]:
     """All below the heads (transformers, modeling_wav2vec2.py)."""
     rows: list[Row] = []
     if config.masks:
-        rows += [Row("mask_embedding/embedding", f"{prefix}masked_spec_embed", ONE_ROW)]
+        rows += [Row("mask_embedding/embedding", f"{prefix}{MASKED}", ONE_ROW)]
     for i in range(len(config.conv_dim)):
         ours, theirs = f"embeddings/feature_encoder/conv_{i}", f"{prefix}feature_extractor.conv_layers.{i}"
         rows += [Row(f"{ours}/conv/kernel", f"{theirs}.conv.weight", CONV)]
@@ -151,18 +153,24 @@ def _head(config: AudioConfig, task: str | None) -> list[Row]:
     return []
 
 
+def _table(config: AudioConfig, task: str | None, prefix: str) -> Table:
+    # transformers creates it for training, and leaves it in the file where the masks are switched off afterwards.
+    spare = () if config.masks else (f"{prefix}{MASKED}",)
+    return Table([*_encoder(config, prefix), *_head(config, task)], spare=spare)
+
+
 def table(config: AudioConfig, task: str | None) -> Table:
     """The weights of a wav2vec 2.0 with the head of `task`."""
-    return Table([*_encoder(config, "wav2vec2."), *_head(config, task)])
+    return _table(config, task, "wav2vec2.")
 
 
 def hubert_table(config: AudioConfig, task: str | None) -> Table:
     """The weights of a HuBERT with the head of `task`."""
-    return Table([*_encoder(config, "hubert."), *_head(config, task)])
+    return _table(config, task, "hubert.")
 
 
 KEYS: dict[str, Any] = {
-    "bare": ("feature_extractor.", "feature_projection.", "encoder.", "masked_spec_embed"),
+    "bare": ("feature_extractor.", "feature_projection.", "encoder.", MASKED),
     "renamed": {
         "norm": "do_stable_layer_norm",
         "hidden_dropout_prob": "hidden_dropout",

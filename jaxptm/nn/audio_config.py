@@ -122,14 +122,16 @@ class AudioConfig(ModelConfig):
                 [B, F] and `mask_feature_indices` [B, D].
 
         Raises:
-            JaxptmError: an input without a name here, of another shape or type, samples that are no numbers, padding
-                that is not on the right, or a row that is too short for one frame.
+            JaxptmError: an input without a name here, of another shape or type, empty, samples that are no numbers,
+                padding that is not on the right, or a row that is too short for one frame.
         """
         if "input_values" not in arrays:
             raise JaxptmError("give the model `input_values`, a float array of shape [batch, samples].")
         values = arrays["input_values"]
         if values.ndim != 2:
             raise JaxptmError(f"`input_values` has shape {list(values.shape)}, expected [batch, samples].")
+        if not values.size:
+            raise JaxptmError(f"`input_values` has shape {list(values.shape)}: give at least one row of samples.")
         if values.dtype.kind != "f":
             raise JaxptmError(f"`input_values` holds {values.dtype}, expected floats; divide 16-bit samples by 32768.")
         rows, samples = values.shape

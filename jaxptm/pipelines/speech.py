@@ -13,10 +13,11 @@ from scipy.special import log_softmax, softmax
 
 from jaxptm.config import RATE
 from jaxptm.data.audio import BadAudio, decode, resample
+from jaxptm.data.characters import Characters
 from jaxptm.nn.audio_config import AudioConfig
-from jaxptm.pipelines.base import Pipeline
+from jaxptm.pipelines.base import Pipeline, check_batch_size
 from jaxptm.pretrained import Model
-from jaxptm.speech import Listener, spelling
+from jaxptm.speech import Listener, check_outputs
 from jaxptm.transcription import KenLm, LanguageModel, Span, WordScoring, align, beam_search, best_path
 from jaxptm.types import JaxptmError
 
@@ -73,6 +74,7 @@ class SpeechPipeline(Pipeline):
 
     def _logits(self, rows: Sequence[np.ndarray], batch_size: int) -> list[np.ndarray]:
         """Of each recording, as it is heard alone; several at once, of similar lengths."""
+        check_batch_size(batch_size)
         order = np.argsort([len(row) for row in rows], kind="stable").tolist()
         results: dict[int, np.ndarray] = {}
         for first in range(0, len(order), batch_size):
@@ -91,6 +93,15 @@ class SpeechRecognition(SpeechPipeline):
     """Writes what is said: `transformers.pipeline("automatic-speech-recognition")`."""
 
     task = "ctc"
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        check_outputs(self.characters, model, f"{model.source}/vocab.json", "put there the one it was trained with")
+
+    @property
+    def characters(self) -> Characters:
+        assert self.listener.characters is not None
+        return self.listener.characters
 
     def __call__(
         self,
@@ -113,8 +124,8 @@ class SpeechRecognition(SpeechPipeline):
             chunk_length_s: listen to long recordings in windows of so many seconds; 0 for the whole at once.
             stride_length_s: of a window, what is heard on its left and right and not written; default a sixth each.
             beam_width: transcripts that a prefix beam search keeps; 0 writes the likeliest symbol of each frame.
-            language_model: of words, for the beam, whose width is then 50 by default: an n-gram model (a file, ARPA or
-                KenLM), or an object with the methods of `jaxptm.transcription.LanguageModel`.
+            language_model: of words as they are written, for the beam, whose width is then 50 by default: an n-gram
+                model (a file, ARPA or KenLM), or an object with the methods of `jaxptm.transcription.LanguageModel`.
             language_model_weight: of its log probability.
             word_bonus: for each word, against the model's liking for few.
             batch_size: windows that run at once.
@@ -159,32 +170,36 @@ class SpeechRecognition(SpeechPipeline):
         given = usual if stride_length_s is None else stride_length_s
         sides = [given, given] if isinstance(given, int | float) else list(given)
         length, left, right = (round(seconds * RATE / step) * step for seconds in (chunk_length_s, *sides))
-        if length - left - right < step or min(left, right) < 0:
+        advance = length - left - right
+        if advance < step or min(left, right) < 0:
             raise JaxptmError(
                 f"chunk_length_s {chunk_length_s:g} leaves nothing between the strides {sides}: make it longer, or "
                 "stride_length_s shorter."
             )
-        for start in range(0, len(samples), length - left - right):
-            window, last = samples[start : start + length], start + length >= len(samples)
+        needed = self.config.receptive_field
+        if length < needed:
+            raise JaxptmError(f"chunk_length_s {chunk_length_s:g} is {length} samples, the model needs {needed}.")
+        for start in range(0, len(samples), advance):
+            # An end that is too short to be heard by itself belongs to the window before it.
+            last = start + length >= len(samples) or start + advance + needed > len(samples)
+            window = samples[start : None if last else start + length]
             before, after = (0 if start == 0 else left), (0 if last else right)
-            if len(window) > max(before, self.config.receptive_field):
-                count = round(len(window) / step)
-                yield window, round(before / len(window) * count), count - round(after / len(window) * count)
+            count = round(len(window) / step)
+            yield window, round(before / len(window) * count), count - round(after / len(window) * count)
             if last:
                 return
 
     def _writer(
         self, width: int, model: str | os.PathLike[str] | LanguageModel | None, weight: float, bonus: float
     ) -> Callable[[np.ndarray], list[Span]]:
-        characters = self.listener.characters
-        assert characters is not None
+        characters = self.characters
         if width == 0 and model is None:
             return lambda logits: best_path(logits, characters.blank)
         words = None
         if model is not None:
             model = model if isinstance(model, LanguageModel) else KenLm(Path(model))
-            spell = spelling(characters)
-            letters = [spell.get(symbol, "") for symbol in range(self.config.vocab_size)]
+            spelled = characters.spelling
+            letters = [characters.decoded(spelled.get(symbol, "")) for symbol in range(self.config.vocab_size)]
             words = WordScoring(model, letters, characters.ids[" "], weight, bonus)
 
         def search(logits: np.ndarray) -> list[Span]:
@@ -195,13 +210,12 @@ class SpeechRecognition(SpeechPipeline):
         return search
 
     def _said(self, spans: Sequence[Span], times: str | None) -> dict[str, Any]:
-        characters = self.listener.characters
-        assert characters is not None
-        seconds = self.config.stride / RATE
-        # As transformers writes; a symbol that is no character, which a trained model does not choose, by its name.
-        names = {i: token for token, i in characters.tokenizer.get_vocab().items()} | dict(spelling(characters))
-        letters = [(names.get(span.symbol, ""), span) for span in spans]
-        result: dict[str, Any] = {"text": "".join(letter for letter, _ in letters).strip()}
+        characters, seconds = self.characters, self.config.stride / RATE
+        # As transformers writes; a special token, which a trained model does not choose, by its name.
+        names = {i: token for token, i in characters.tokenizer.get_vocab().items()} | characters.spelling
+        unknown = characters.tokenizer.unk_token or ""
+        letters = [(names.get(span.symbol, unknown), span) for span in spans]
+        result: dict[str, Any] = {"text": characters.decoded("".join(letter for letter, _ in letters).strip())}
         if times is None:
             return result
         units: list[list[tuple[str, Span]]] = [[]]
@@ -212,7 +226,7 @@ class SpeechRecognition(SpeechPipeline):
                 units[-1].append((letter, span))
         result["chunks"] = [
             {
-                "text": "".join(letter for letter, _ in unit),
+                "text": characters.decoded("".join(letter for letter, _ in unit)),
                 "timestamp": (unit[0][1].start * seconds, unit[-1][1].end * seconds),
             }
             for unit in units

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from recorded import damaged, encoded, tone, write_audio
-from transformers import Wav2Vec2FeatureExtractor
+from transformers import AutoFeatureExtractor, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 from jaxptm.config import RATE
 from jaxptm.data.audio import BadAudio, Preprocessor, decode, normalized, resample
@@ -124,15 +124,36 @@ def test_padded_rows_are_those_of_transformers(tmp_path: Path, do_normalize: boo
     assert Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "ours").to_dict() == extractor.to_dict()
 
 
+def test_processors_of_transformers_are_read(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "a": 3}))
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    Wav2Vec2Processor(extractor, Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    assert Preprocessor.load(tmp_path) == Preprocessor(False, True)
+    Preprocessor(True, False).save(tmp_path)  # of both files they and we read one
+    both = AutoFeatureExtractor.from_pretrained(tmp_path)
+    assert Preprocessor.load(tmp_path) == Preprocessor(both.do_normalize, both.return_attention_mask)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"processor_class": "Wav2Vec2Processor"}))  # of transformers 4
+    assert Preprocessor.load(tmp_path) == Preprocessor(True, False)
+    path.write_text(json.dumps({"feature_extractor": {"sampling_rate": 8000}}))
+    with pytest.raises(JaxptmError, match=r"/processor_config.json: asks for 1 value\(s\) at 8000 Hz"):
+        Preprocessor.load(tmp_path)
+    path.write_text(json.dumps({"feature_extractor": "mine"}))
+    with pytest.raises(JaxptmError, match=r"/processor_config.json: `feature_extractor` is no JSON object"):
+        Preprocessor.load(tmp_path)
+
+
 def test_preprocessors_that_hear_otherwise_are_refused(tmp_path: Path) -> None:
-    assert Preprocessor.load(tmp_path) == Preprocessor()
+    assert Preprocessor.load(tmp_path) == Preprocessor() and Preprocessor.find(tmp_path) is None
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({"sampling_rate": 8000}))
     with pytest.raises(JaxptmError, match=r"preprocessor_config.json: asks for 1 value\(s\) at 8000 Hz"):
         Preprocessor.load(tmp_path)
-    path.write_text("[")
-    with pytest.raises(JaxptmError, match="is no JSON object"):
-        Preprocessor.load(tmp_path)
+    for content in ("[", "[]"):
+        path.write_text(content)
+        with pytest.raises(JaxptmError, match=r"/preprocessor_config.json: is no JSON object"):
+            Preprocessor.load(tmp_path)
 
 
 def test_real_recordings(shared_data: Path) -> None:

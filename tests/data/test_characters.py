@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Wav2Vec2CTCTokenizer
+from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2PhonemeCTCTokenizer
 
 from jaxptm.data.characters import Characters
 from jaxptm.errors import JaxptmError
@@ -83,6 +83,28 @@ def test_made_vocabularies_write_what_they_are_made_of(
         assert again.normal(text) == wanted
 
 
+def test_symbols_of_several_characters_are_spelled_and_not_encoded(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.json"
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"ACHa", "CH", "Σ"])}
+    path.write_text(json.dumps(vocabulary))
+    for lower in (False, True):
+        characters = Characters.load(path)
+        characters.tokenizer.do_lower_case = lower
+        said = list(range(4, 11))
+        assert "".join(characters.spelling.get(i, "?") for i in range(11)) == "???? ACHaCHΣ"
+        spelled = "".join(characters.spelling[i] for i in said).strip()
+        assert characters.decoded(spelled) == characters.tokenizer.decode(said)
+        assert characters.encode("ACHaΣ").tolist() == [5, 6, 7, 8, 10]
+
+
+def test_what_a_model_must_tell_apart(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.json"
+    for tokens, outputs in ((["<pad>", "<unk>", "|", "A"], 4), (["<pad>", "A"], 2), (["|", "A", "<unk>", "<pad>"], 4)):
+        path.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        characters = Characters.load(path)
+        assert characters.outputs == outputs < len(characters)  # <s> and </s> at the least are put behind
+
+
 def test_bad_vocabularies(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"<pad>": 0, "word": 1}')
     with pytest.raises(JaxptmError, match=r"data.vocabulary: .* holds no vocabulary of characters .*: it has no char"):
@@ -92,5 +114,10 @@ def test_bad_vocabularies(tmp_path: Path) -> None:
         Characters.load(tmp_path / "list.json")
     with pytest.raises(JaxptmError, match=r"no-such-name holds no vocabulary of characters"):
         Characters.load("no-such-name")
+    (tmp_path / "phonemes.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "a": 2, "tʃ": 3}))
+    tokenizer = Wav2Vec2PhonemeCTCTokenizer(str(tmp_path / "phonemes.json"), do_phonemize=False)
+    tokenizer.save_pretrained(tmp_path / "phonemes")
+    with pytest.raises(JaxptmError, match=r"`tokenizer_class: Wav2Vec2PhonemeCTCTokenizer` writes phonemes"):
+        Characters.load(tmp_path / "phonemes")
     with pytest.raises(JaxptmError, match=r"a transcript of data.train holds '\|', which stands for the space"):
         Characters.of_texts(["a|b"])

@@ -14,8 +14,10 @@ import oracle
 import pytest
 import speech
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
+from jaxptm.conversion import convert
 from jaxptm.models import FAMILIES, PRESETS
 from jaxptm.models.params import abstract_params, flatten, initialise, stacked
 from jaxptm.nn.audio import AudioModel
@@ -235,6 +237,33 @@ def test_a_checkpoint_without_a_mask_embedding_gets_one(tmp_path: Path, caplog: 
     assert ours.params["mask_embedding"]["embedding"].shape == (1, 32)
 
 
+@pytest.mark.parametrize("task", ["ctc", None])
+@pytest.mark.parametrize("family", speech.CLASSES)
+def test_a_mask_embedding_without_masks_is_kept(
+    family: str, task: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    speech.saved(tmp_path / "theirs", task, family)
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_time_prob": 0.0}))
+    ours = from_pretrained(tmp_path / "theirs", "auto")
+    kind = getattr(transformers, speech.CLASSES[family][task])
+    assert_agree(ours, kind.from_pretrained(tmp_path / "theirs"), speech.inputs(padded=True))
+    ours.save_pretrained(tmp_path / "ours")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs")]
+    assert any("masked_spec_embed" in name for name in files[0])
+    oracle.assert_equal(*files)
+    with caplog.at_level(logging.WARNING):
+        convert(str(tmp_path / "theirs"), tmp_path / "orbax", "orbax")
+    assert "masked_spec_embed" in caplog.text  # parameters alone go there
+
+
+@pytest.mark.parametrize("shape", [(0, 800), (1, 0)])
+def test_an_input_is_not_empty(shape: tuple[int, int], tmp_path: Path) -> None:
+    speech.saved(tmp_path)
+    with pytest.raises(JaxptmError, match=r"`input_values` has shape \[., .*\]: give at least one row of samples"):
+        from_pretrained(tmp_path)(input_values=np.zeros(shape, np.float32))
+
+
 def test_orbax_and_back(tmp_path: Path) -> None:
     speech.saved(tmp_path / "theirs", "contrastive")
     (tmp_path / "theirs" / "preprocessor_config.json").write_text("{}")
@@ -313,8 +342,6 @@ def test_every_preset_is_counted() -> None:
 @pytest.mark.parametrize("preset", ["wav2vec2-tiny", "wav2vec2-large-lv60", "hubert-base"])
 def test_presets_as_configs_of_transformers(preset: str) -> None:
     """Which builds a model of the same names and shapes from what we write."""
-    import transformers
-
     family, config = PRESETS[preset]
     config = config.model_copy(update={"num_hidden_layers": 1})
     for task, name in family.architectures.items():

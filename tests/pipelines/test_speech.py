@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,23 @@ from pipeline_pairs import assert_close
 
 import jaxptm
 from jaxptm.pipelines.asking import ask, read_inputs
+from jaxptm.speech import score_transcripts
 from jaxptm.types import JaxptmError
 
-VOCABULARY = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEF"])}
+VOCABULARY = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEF")
+FIELD = 30
+"""Samples that a frame sees; frames are 20 samples apart."""
 
 
-def opened(directory: Path, style: str, task: str = "ctc") -> tuple[Any, Any]:
-    """Our pipeline and theirs over one model, whose frames are 20 samples apart."""
+def opened(
+    directory: Path,
+    style: str,
+    task: str = "ctc",
+    vocabulary: Sequence[str] = VOCABULARY,
+    never: Sequence[int] = (),
+    **tokenizer: Any,
+) -> tuple[Any, Any]:
+    """Our pipeline and theirs over one model, which has 11 symbols and says some of them `never`."""
     theirs = speech.saved(directory, task, noise=0.3, **speech.STYLES[style])
     large = style == "large"
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=large)
@@ -34,9 +45,11 @@ def opened(directory: Path, style: str, task: str = "ctc") -> tuple[Any, Any]:
             logits = torch.cat([theirs(torch.tensor(samples)[None]).logits[0] for samples in recordings(10)])
             theirs.lm_head.weight.div_(logits.std(0)[:, None])
             theirs.lm_head.bias.sub_(logits.mean(0)).div_(logits.std(0))
+            theirs.lm_head.bias[list(never)] = -100
         theirs.save_pretrained(directory)
-        (directory / "vocab.json").write_text(json.dumps(VOCABULARY))
-        transformers.Wav2Vec2CTCTokenizer(str(directory / "vocab.json")).save_pretrained(directory)
+        path = directory / "vocab.json"
+        path.write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+        transformers.Wav2Vec2CTCTokenizer(str(path), **tokenizer).save_pretrained(directory)
     return jaxptm.pipeline(kind, directory), transformers.pipeline(kind, str(directory), device="cpu")
 
 
@@ -68,7 +81,44 @@ def test_long_recordings_are_heard_in_windows(tmp_path: Path) -> None:
     ours, theirs = opened(tmp_path, "base")
     (audio,) = [np.random.default_rng(5).normal(size=9000).astype(np.float32)]
     for options in ({"chunk_length_s": 0.12}, {"chunk_length_s": 0.1, "stride_length_s": (0.02, 0.01)}):
-        assert ours(audio, **options)["text"] == theirs(audio.copy(), **options)["text"], options
+        for length in (FIELD, FIELD + 1, 1600, 1601, 1600 + FIELD, 9000):
+            samples = audio[:length]
+            assert ours(samples, **options)["text"] == theirs(samples.copy(), **options)["text"], (options, length)
+    for length in range(FIELD, 400):  # theirs fails at ends that make no frame
+        windows = [window for window, _, _ in ours._windows(audio[:length], 0.01, 0)]
+        assert min(map(len, windows)) >= FIELD
+        np.testing.assert_array_equal(np.concatenate(windows), audio[:length])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "never", "tokenizer"),
+    [
+        (VOCABULARY[:-1], [3], {}),  # theirs takes a symbol without a name and <unk> beside it for one
+        (("<pad>", "<unk>", "|", *"ABCDEFGH"), [1], {}),
+        ((*VOCABULARY[:-1], "CH"), [1, 2, 3], {"do_lower_case": True}),
+    ],
+    ids=["fewer", "special_tokens_put_behind", "several_characters_in_lower_case"],
+)
+def test_vocabularies_are_written_and_scored_alike(
+    tmp_path: Path, vocabulary: Sequence[str], never: list[int], tokenizer: dict[str, Any]
+) -> None:
+    ours, theirs = opened(tmp_path, "base", vocabulary=vocabulary, never=never, **tokenizer)
+    audio = recordings(30)
+    texts = [theirs(samples.copy())["text"] for samples in audio]
+    assert [answer["text"] for answer in ours(audio)] == texts
+    assert any(("<unk>" if len(vocabulary) < 11 else ours.characters.decoded(vocabulary[-1])) in text for text in texts)
+    for answer, text in zip(ours(audio, return_timestamps="char"), texts, strict=True):
+        assert "".join(chunk["text"] for chunk in answer["chunks"]).strip() == text
+    paths = [logits.argmax(-1) for logits in ours._logits(audio, 8)]
+    right = [re.sub("<[^>]*>", "", text) for text in texts]  # special tokens spell nothing
+    assert score_transcripts({"path": paths}, characters=ours.characters, texts=right) == {"wer": 0, "cer": 0}
+
+
+def test_a_vocabulary_that_the_model_cannot_write_is_refused(tmp_path: Path) -> None:
+    message = r"vocab\.json: has 12 entries, and .* tells 11 apart; put there the one it was trained with"
+    for vocabulary in ((*VOCABULARY, "G"), (*VOCABULARY[1:], "G", "<pad>")):
+        with pytest.raises(JaxptmError, match=message):
+            opened(tmp_path, "base", vocabulary=vocabulary)
 
 
 def test_the_class_of_a_recording(tmp_path: Path) -> None:
@@ -135,6 +185,13 @@ def test_an_own_language_model_leaves_its_words_alone(tmp_path: Path) -> None:
         (np.zeros((2, 900), np.float32), {}, "give a float array"),
         (np.full(900, np.nan, np.float32), {}, "NaN or infinite"),
         (np.zeros(900, np.float32), {"chunk_length_s": 0.01, "stride_length_s": 0.02}, "leaves nothing between"),
+        (
+            np.zeros(900, np.float32),
+            {"chunk_length_s": 0.001},
+            "chunk_length_s 0.001 is 20 samples, the model needs 30",
+        ),
+        (np.zeros(900, np.float32), {"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        (np.zeros(900, np.float32), {"batch_size": -1}, "batch_size is -1, expected at least 1"),
         (np.zeros(900, np.float32), {"language_model": "none.arpa"}, "none.arpa: there is no such file|pip install"),
     ],
 )
