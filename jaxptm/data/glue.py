@@ -202,7 +202,7 @@ def _from_hub(task: str, split: str) -> Table:
         raise JaxptmError(
             f"data.path: is not given, and the Hugging Face hub does not give {HUB} ({task}, {split}): {reason}"
         ) from error
-    table = from_dataset(f"{HUB}/{task}/{split}", loaded)
+    table = from_dataset(f"{HUB}/{task}/{split}", loaded, unlabelled=True)
     if GLUE[task].labels and not split.startswith("test"):  # it has names of its own for some, in the same order
         table.columns["label"] = [GLUE[task].labels[i] for i in loaded["label"]]
     return table

@@ -268,13 +268,16 @@ def _read_dataset(source: str) -> Table:
     return from_dataset(source, loaded)
 
 
-def from_dataset(source: str, loaded: Any) -> Table:
+def from_dataset(source: str, loaded: Any, *, unlabelled: bool = False) -> Table:
     """A `datasets.Dataset` as a table, class labels by their names.
 
-    Rows without one, which data sets of the hub mark by -1 (SNLI), are passed over, and that is said.
+    Data sets of the hub mark by -1 what nobody has labelled (rows of SNLI, test sets of GLUE).
+
+    Args:
+        unlabelled: keep such rows, with the label None; otherwise they are passed over, and that is said.
 
     Raises:
-        JaxptmError: no row has one.
+        JaxptmError: no row is left.
     """
     columns = {name: list(loaded[name]) for name in loaded.column_names}
     labelled = np.ones(len(loaded), bool)
@@ -289,7 +292,7 @@ def from_dataset(source: str, loaded: Any) -> Table:
         elif hasattr(inner, "int2str"):
             columns[name] = [values and [inner.int2str(value) for value in values] for values in columns[name]]
     table = Table(source, columns, range(1, len(loaded) + 1))
-    if labelled.all():
+    if unlabelled or labelled.all():
         return table
     if not labelled.any():
         raise JaxptmError(f"{source}: no row has a label (all are -1, as in test sets that are kept secret).")

@@ -82,6 +82,7 @@ def test_parquet_and_datasets(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     table = from_dataset("x", made)
     assert table.columns == {"tokens": [["a", "b"]], "tags": [["O", "B-X"]], "label": ["yes"]}
     assert table.where(0) == "x:2" and "x: 2 row(s) without a label (-1) are passed over" in caplog.text
+    assert from_dataset("x", made, unlabelled=True).columns["label"] == [None, "yes", None]
     with pytest.raises(JaxptmError, match="x: no row has a label"):
         from_dataset("x", made.select([0]))
 

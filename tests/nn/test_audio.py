@@ -353,7 +353,7 @@ def broken(kind: str) -> dict[str, np.ndarray]:
         ({}, "give the model `input_values`, a float array of shape"),
         ({"input_values": np.zeros(60, np.float32)}, r"`input_values` has shape \[60\], expected \[batch, samples\]"),
         ({"input_values": np.zeros((1, 60), np.int16)}, "`input_values` holds int16, expected floats; divide 16-bit"),
-        ({"input_values": np.zeros((1, 0), np.float32)}, "is 0 samples long, the model needs 30 for one frame"),
+        ({"input_values": np.zeros((1, 0), np.float32)}, r"`input_values` has shape \[1, 0\]: give at least one row"),
         ({"input_values": np.zeros((1, 29), np.float32)}, "is 29 samples long, the model needs 30 for one frame"),
         (broken("nan"), "`input_values` row 1 holds NaN or infinite samples; leave it out"),
         (broken("infinite"), "`input_values` row 0 holds NaN or infinite samples"),
