@@ -114,7 +114,7 @@ class Evaluator:
             figures = {"loss": 1.0} | values | objective.summary(values)
             if part.score is not None and plan is not None:
                 count = sum(np.count_nonzero(places >= 0) for places in plan.examples)
-                nothing = {slot: [np.zeros(rows.shape[1:])] * count for slot, rows in said.items()}
+                nothing = {slot: [np.zeros(rows.shape[1:], rows.dtype)] * count for slot, rows in said.items()}
                 figures = {"loss": 1.0} | part.score(nothing)
             found += [f"{name}/{figure}" if name else figure for figure in figures]
         return found

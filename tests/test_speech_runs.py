@@ -37,6 +37,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "classification": {"name": "sequence-classification", "class_weights": "balanced"},
 }
 
+METRICS = {"contrastive": "contrastive_loss", "ctc": "wer", "classification": "accuracy"}
+"""Each is looked for before the first step."""
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -75,7 +78,7 @@ def config_of(home: Path, kind: str, out: str, **changes: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module", params=OBJECTIVES)
 def finished(home: Path, request: pytest.FixtureRequest) -> tuple[str, TrainConfig, dict[str, Any]]:
-    config = config_of(home, request.param, "whole")
+    config = config_of(home, request.param, "whole", train__metric=METRICS[request.param])
     return request.param, config, train(config)
 
 
