@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,33 +16,6 @@ from jaxptm.types import Array, JaxptmError, Params
 
 PROMPT_STEP = 32
 """Prompts and the room behind them are padded to a multiple of this, so that few shapes are compiled."""
-NEUTRAL: Mapping[str, float | None] = {
-    "temperature": 1,
-    "top_k": 50,
-    "top_p": 1,
-    "min_p": 0,
-    "typical_p": 1,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "penalty_alpha": 0,
-    "repetition_penalty": 1,
-    "encoder_repetition_penalty": 1,
-    "no_repeat_ngram_size": 0,
-    "exponential_decay_length_penalty": None,
-    "sequence_bias": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "stop_strings": None,
-    "guidance_scale": 1,
-}
-"""Settings of generation_config.json that change texts and are not read from there, and values that change nothing."""
 
 
 class Sampling(NamedTuple):

@@ -17,9 +17,10 @@ import numpy as np
 from jaxptm.architectures import check_vocabulary, declared_task, read_config, read_family
 from jaxptm.config import validate
 from jaxptm.data.tokenizer import load_tokenizer
-from jaxptm.generation import NEUTRAL, Sampling, generate
+from jaxptm.generation import Sampling, generate
 from jaxptm.hf import files
 from jaxptm.hf import table as weights
+from jaxptm.hf.generation_config import declared_tokens, read_generation_config
 from jaxptm.models import Family
 from jaxptm.models.params import abstract_params, flatten, initialise, unflatten, unstacked
 from jaxptm.nn.audio_config import AudioConfig
@@ -183,37 +184,12 @@ class Model:
         )
 
     def declared_tokens(self, name: str) -> list[int] | None:
-        """The ids of `eos_token_id` or `pad_token_id` as generation_config.json says, or else config.json.
-
-        None where neither has the key. Ids outside the vocabulary are left out, as no text holds them: a small GPT-2
-        often declares the end of the published one.
-
-        Raises:
-            JaxptmError: it holds something else than ids.
-        """
-        if name not in self._generation_config:
-            return None
-        value = self._generation_config[name]
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) for token in ids):
-            raise JaxptmError(f"{self.source}: {name} is {value!r}, expected an id or a list of ids.")
-        return [token for token in ids if 0 <= token < self.config.vocab_size]
+        """The ids of `eos_token_id` or `pad_token_id` that its files declare; None where neither has the key."""
+        return declared_tokens(self._generation_config, name, self.config.vocab_size, str(self.source))
 
     @cached_property
     def _generation_config(self) -> Mapping[str, Any]:
-        """What config.json says, and over it generation_config.json, if there is one."""
-        path = None if self.source is None else self.source / files.GENERATION_FILES[0]
-        if path is None or not path.exists():
-            return self.hf_config
-        own = files.read_json(path)
-        unread = [f"{name} {own[name]}" for name in NEUTRAL if own.get(name) not in (None, NEUTRAL[name])]
-        if unread:
-            log.warning(
-                "%s: is read for eos_token_id and pad_token_id alone, not for %s; pass what `generate` takes of these.",
-                path,
-                ", ".join(unread),
-            )
-        return {**self.hf_config, **own}
+        return read_generation_config(self.source, self.hf_config)
 
     @cached_property
     def _apply(self) -> Any:

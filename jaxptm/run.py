@@ -250,7 +250,7 @@ def _open_prepared(config: TrainConfig, data: TextData, models: Mapping[str, Mod
         train=source,
         length=data.sequence_length,
         held_out={} if held_out is None else {"": HeldOut(examples(held_out, seed))},
-        corpus=digest([manifest.tokenizer, *(_counts(manifest, split) for split in manifest.splits)]),
+        corpus=digest([manifest.tokenizer, *(_content(manifest, split) for split in manifest.splits)]),
         steps=_steps(config.train, len(source)),
         hf_config={},
     )
@@ -261,7 +261,7 @@ def _steps(loop: LoopConfig, rows: int) -> int:
     return loop.steps or math.ceil(round((loop.epochs or 0) * rows / loop.batch_size, 6))
 
 
-def _counts(manifest: Manifest, split: str) -> list[Any]:
+def _content(manifest: Manifest, split: str) -> list[Any]:
     """What tells one text from another, wherever its files lie."""
     shards = manifest.splits[split]
     return [split, [(shard.documents, shard.sentences, shard.tokens, shard.bytes, shard.digest) for shard in shards]]

@@ -248,8 +248,8 @@ def test_parts_are_checked_alone() -> None:
         validate(TextData, {"files": 3, "tokenizer": "b"}, "here")
 
 
-def test_home_is_where_a_shell_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+def test_home_is_where_a_shell_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     fields = {
         "model": {"preset": "~/bert"},
         "objective": {"name": "masked-lm"},
@@ -259,5 +259,5 @@ def test_home_is_where_a_shell_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
         "out": "~/runs/x",
     }
     config = validate(TrainConfig, fields, "here")
-    assert config.out == "/home/someone/runs/x" and config.model == {"preset": "/home/someone/bert"}
-    assert isinstance(config.data, TextData) and config.data.files == ["/home/someone/a.txt", "b~/c.txt"]
+    assert config.out == f"{tmp_path}/runs/x" and config.model == {"preset": f"{tmp_path}/bert"}
+    assert isinstance(config.data, TextData) and config.data.files == [f"{tmp_path}/a.txt", "b~/c.txt"]
