@@ -123,7 +123,9 @@ def _refuse_to_guess(
     Raises:
         JaxptmError: the head is measured, and all depends on the order.
     """
-    if isinstance(data, GlueData) or not own or not all(re.fullmatch(r"LABEL_\d+", label) for label in own):
+    if isinstance(data, GlueData) or not isinstance(data.label_column, str):  # whose order is said
+        return
+    if not own or not all(re.fullmatch(r"LABEL_\d+", label) for label in own):
         return
     if all(re.fullmatch(r"\d+", label) for label in labels):
         return

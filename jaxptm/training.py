@@ -152,9 +152,10 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                     with window.paused():
                         try:
                             evaluation = evaluate(state.params, predictions if told else None)
-                        except Exception:
-                            checkpoints.save(to_stored(state), {}, meta | {"seconds": time.perf_counter() - clock})
-                            raise  # and what has been learned is not lost
+                        except Exception:  # what has been learned is not lost; of several processes the others
+                            if jax.process_count() == 1:  # may be well, and a save would wait for them
+                                checkpoints.save(to_stored(state), {}, meta | {"seconds": time.perf_counter() - clock})
+                            raise
                     record = {f"eval/{name}": value for name, value in evaluation.items()}
                 improved = best.note(evaluation)
                 last = stop.requested(step) or step == run.steps or best.enough
