@@ -19,6 +19,7 @@ from jaxptm.models.params import initialise
 from jaxptm.nn.heads import CopyHead
 from jaxptm.nn.text import TextModel
 from jaxptm.objectives.objective import Objective
+from jaxptm.ops.hashed_rng import hashed
 from jaxptm.ops.losses import accuracy, binary_cross_entropy, cross_entropy, token_share
 from jaxptm.ops.masking import VocabularyTables, mask_with_replacement, replace_masked
 from jaxptm.types import Array, Batch, JaxptmError, Mean, Means, Params
@@ -84,7 +85,7 @@ def _corrupts(
                 **context,
                 mlm_positions=masked.positions,
                 train=train,
-                rngs={"dropout": dropout_keys[0][0]},
+                rngs={"dropout": hashed(dropout_keys[0][0])},
             )["logits"]
         return Corrupted(
             replace_masked(sample_keys, ids, masked, guesses, config.temperature),
@@ -124,7 +125,7 @@ class _Pair(NamedTuple):
 
     def apply(self, parts: Mapping[str, Params], rows: Corrupted, train: bool, **options: bool) -> dict[str, Any]:
         """What the model makes of the rows."""
-        variables, rngs = {"params": parts["model"]}, {"dropout": rows.dropout_key}
+        variables, rngs = {"params": parts["model"]}, {"dropout": hashed(rows.dropout_key)}
         with jax.named_scope(self.name):  # `jaxptm.profiling` tells the two apart by it
             out: dict[str, Any] = self.model.apply(
                 variables, rows.input_ids, **rows.context, train=train, rngs=rngs, **options

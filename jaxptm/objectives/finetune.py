@@ -15,6 +15,7 @@ from jaxptm.models.params import initialise
 from jaxptm.nn.model import PretrainedModule
 from jaxptm.nn.text import TextModel
 from jaxptm.objectives.objective import Objective
+from jaxptm.ops.hashed_rng import hashed
 from jaxptm.ops.losses import (
     accuracy,
     audio_seconds,
@@ -141,7 +142,7 @@ def _fine_tuning(module: PretrainedModule, judge: Judge, coefficients: Mapping[s
         params: Params, batch: Batch, keys: Array, *, train: bool, step: int | Int[Array, ""] = 0
     ) -> tuple[Means, Means]:
         arrays = {name: jnp.asarray(rows) for name, rows in batch.items()}
-        out = apply(params, arrays, train=train, rngs={"dropout": keys[0]})
+        out = apply(params, arrays, train=train, rngs={"dropout": hashed(keys[0])})
         real = arrays["attention_mask"].astype(bool)
         terms, scores = judge(out, arrays, real.any(axis=tuple(range(1, real.ndim))).astype(jnp.float32))
         return terms, scores | {name: count(real.reshape(-1, real.shape[-1]))}

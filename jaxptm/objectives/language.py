@@ -11,6 +11,7 @@ from jaxptm.config import CausalLmConfig, MaskedLmConfig
 from jaxptm.models.params import initialise
 from jaxptm.nn.text import TextModel, output_table
 from jaxptm.objectives.objective import Objective
+from jaxptm.ops.hashed_rng import hashed
 from jaxptm.ops.losses import accuracy, cross_entropy, linear_cross_entropy, token_share
 from jaxptm.ops.masking import VocabularyTables, mask_tokens, static_keys
 from jaxptm.types import Array, Batch, Means, Params
@@ -58,7 +59,7 @@ def masked_language_model(
             segment_ids=arrays.get("segment_ids"),
             mlm_positions=masked.positions,
             train=train,
-            rngs={"dropout": dropout_keys[0]},
+            rngs={"dropout": hashed(dropout_keys[0])},
         )
         logits = out["logits"] if module.task == "masked-lm" else out["prediction_logits"]
         terms = {"mlm_loss": cross_entropy(logits, masked.labels, masked.weights)}
@@ -101,7 +102,7 @@ def causal_language_model(config: CausalLmConfig, module: TextModel) -> Objectiv
             attention_mask=arrays["attention_mask"],
             segment_ids=segments,
             train=train,
-            rngs={"dropout": keys[0]},
+            rngs={"dropout": hashed(keys[0])},
         )["last_hidden_state"]
         predicted = real[:, :-1] & real[:, 1:]
         if segments is not None:

@@ -20,6 +20,7 @@ from jaxptm.nn.audio_config import AudioConfig
 from jaxptm.nn.quantizer import perplexity
 from jaxptm.objectives.objective import Objective
 from jaxptm.ops.contrastive import contrastive_loss, draw_negatives, mask_frames, target_slots
+from jaxptm.ops.hashed_rng import hashed
 from jaxptm.ops.losses import audio_seconds
 from jaxptm.types import Array, Batch, Mean, Means, Params
 
@@ -61,7 +62,7 @@ def contrastive(config: ContrastiveConfig, module: AudioModel) -> Objective:
                 config.last_temperature,
             ),
             train=train,
-            rngs={"dropout": dropout_keys[0]},
+            rngs={"dropout": hashed(dropout_keys[0])},
         )
         counts = masked.weights.sum(axis=1).astype(jnp.int32)
         found, accuracy = contrastive_loss(
@@ -164,7 +165,7 @@ def ctc(config: CtcConfig, module: AudioModel) -> Objective:
         lengths, frames, real = _frames(module.config, jnp.asarray(batch["attention_mask"]))
         masks = hidden(mask_keys, lengths, frames) if train else {}
         logits = module.apply(
-            {"params": params}, **inputs(batch), **masks, train=train, rngs={"dropout": dropout_keys[0]}
+            {"params": params}, **inputs(batch), **masks, train=train, rngs={"dropout": hashed(dropout_keys[0])}
         )["logits"]
         written = labels != IGNORED
         symbols = jnp.where(written, labels, 0)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
 from jaxptm.ops.dropout import dropout, kept
+from jaxptm.ops.hashed_rng import hashed
 
 RATES = [1 / 3, 0.1, 0.5]
 SURE = 1e-6
@@ -19,7 +20,7 @@ SURE = 1e-6
 
 
 def mask(seed: int, rate: float, *shape: int) -> np.ndarray:
-    return np.asarray(kept(jax.random.key(seed), rate, shape))
+    return np.asarray(kept(hashed(jax.random.key(seed)), rate, shape))
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -45,7 +46,7 @@ def test_sums_spread_as_those_of_independent_draws(rate: float) -> None:
 
 def test_sums_over_keys_of_one_position_spread_as_those_of_independent_draws() -> None:
     keys = jax.random.split(jax.random.key(2), 2048)
-    found = np.asarray(jax.jit(jax.vmap(lambda key: kept(key, 0.1, (3, 200))))(keys))
+    found = np.asarray(jax.jit(jax.vmap(lambda key: kept(hashed(key), 0.1, (3, 200))))(keys))
     sums = found.sum(axis=0)
     spread = float(((sums - 2048 * 0.9) ** 2).sum() / (2048 * 0.9 * 0.1))
     tail = stats.chi2(sums.size)
@@ -114,9 +115,9 @@ def test_masks_do_not_depend_on_how_devices_divide_them() -> None:
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto, AxisType.Auto))
     layout = NamedSharding(mesh, PartitionSpec("data", "tensor"))
     draw = jax.jit(lambda key: kept(key, 0.3, (4, 6, 8, 8)), out_shardings=layout)
-    divided = draw.lower(jax.random.key(9)).compile()
+    divided = draw.lower(hashed(jax.random.key(9))).compile()
     assert not any(word in divided.as_text() for word in ("all-gather", "all-reduce", "collective-permute"))
-    np.testing.assert_array_equal(draw(jax.random.key(9)), mask(9, 0.3, 4, 6, 8, 8))
+    np.testing.assert_array_equal(draw(hashed(jax.random.key(9))), mask(9, 0.3, 4, 6, 8, 8))
 
 
 def test_a_rate_next_to_nothing_keeps_everything() -> None:
