@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from jaxptm.nn.activations import ACTIVATIONS
 from jaxptm.nn.audio_config import AudioConfig
-from jaxptm.nn.convolution import grouped_convolution
+from jaxptm.nn.convolution import grouped_convolution, strided_convolution
 from jaxptm.nn.core import Execution, Transformer, at_positions, encoder_products, layer_norm, linear, visible_keys
 from jaxptm.nn.heads import Classifier, ContrastiveHead, FrameClassifier
 from jaxptm.nn.model import PretrainedModule
@@ -40,7 +39,7 @@ class Convolution(nn.Module):
         init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         dtype, shape = self.execution.param_dtype, (self.taps, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape, dtype).astype(x.dtype)
-        y = jax.lax.conv_general_dilated(x, kernel, (self.stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        y = strided_convolution(x, kernel, self.stride)
         if not self.use_bias:
             return y
         return y + spread(self.param("bias", nn.initializers.zeros, (self.features,), dtype), y)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jaxptm.models.params import abstract_params
 from jaxptm.nn.audio import AudioModel, Convolution, ConvPositions, FeatureEncoder, forward_flops
 from jaxptm.nn.audio_config import AudioConfig
-from jaxptm.nn.convolution import grouped_convolution
+from jaxptm.nn.convolution import grouped_convolution, strided_convolution
 from jaxptm.nn.core import Execution, Transformer, stack_layers
 from jaxptm.types import JaxptmError, Params
 
@@ -412,6 +412,25 @@ def test_groups_convolve_alike_together_and_one_by_one(taps: int) -> None:
         np.testing.assert_allclose(out, expected.detach(), atol=1e-5)
         np.testing.assert_allclose(of_x, given[0].grad, atol=1e-5)
         np.testing.assert_allclose(of_kernel.T, given[1].grad, atol=1e-5)
+
+
+@pytest.mark.parametrize(("taps", "stride"), [(10, 5), (3, 2), (2, 2), (1, 1), (2, 3), (5, 2), (7, 3)])
+@pytest.mark.parametrize("length", [24, 25])
+def test_strided_convolutions_have_the_gradients_of_torch(taps: int, stride: int, length: int) -> None:
+    rng = np.random.default_rng(taps)
+    x = rng.normal(size=(2, length, 3)).astype(np.float32)
+    kernel = rng.normal(size=(taps, 3, 5)).astype(np.float32)
+    given = [torch.tensor(array, requires_grad=True) for array in (x, kernel.T.copy())]
+    expected = torch.nn.functional.conv1d(given[0].mT, given[1], stride=stride).mT
+    cotangent = rng.normal(size=expected.shape).astype(np.float32)
+    (expected * torch.tensor(cotangent)).sum().backward()
+    for products in (False, True):
+        convolve = partial(strided_convolution, stride=stride, products=products)
+        out, pullback = jax.vjp(convolve, jnp.asarray(x), jnp.asarray(kernel))
+        of_x, of_kernel = pullback(jnp.asarray(cotangent))
+        np.testing.assert_allclose(out, expected.detach(), atol=1e-5)
+        np.testing.assert_allclose(of_x, given[0].grad, atol=1e-5)
+        np.testing.assert_allclose(of_kernel.T, given[1].grad, atol=2e-5)
 
 
 def test_gradients_of_biases_are_summed_in_float32() -> None:
