@@ -2,7 +2,7 @@
 # make test         run the tests
 # make lint         check style and types
 # make docs         build the documentation in site/, and fail on any warning
-# make bench-check  measure the training steps that benchmarks/peers/ratios.json has again, beside torch
+# make bench-check  measure the training steps that benchmarks/peers/ratios*.json have again, beside torch
 # Each sets up .venv by itself. Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench-check: $(VENV)/.test
-	$(BIN)/python benchmarks/peers/compare.py --check benchmarks/peers/ratios.json
+	$(BIN)/python benchmarks/peers/compare.py --check benchmarks/peers/ratios*.json
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -232,7 +232,12 @@ class Checkpoints:
             if candidate not in self._damaged:
                 self._damaged.append(candidate)
         if steps and step is not None:
-            raise JaxptmError(f"{self.directory / str(step)}: is damaged; name another step, or restore a backup.")
+            others = (
+                ", ".join(str(other) for other in sorted(self._manager.all_steps()) if other != step) or "no others"
+            )
+            raise JaxptmError(
+                f"{self.directory / str(step)}: is damaged; name another step ({others}), or restore a backup."
+            )
         if steps:
             raise JaxptmError(
                 f"{self.directory}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from jaxptm.hf.files import (
     GENERATION_FILES,
     POOLING_FILES,
     PROCESSOR_FILES,
+    STALE_WEIGHTS,
     TOKENIZER_FILES,
     found,
     is_run,
@@ -30,7 +32,7 @@ from jaxptm.nn.text_config import TextConfig
 from jaxptm.original import find_original, rewrite
 from jaxptm.pretrained import Model, from_pretrained
 from jaxptm.storage import is_remote
-from jaxptm.training import restore_model
+from jaxptm.training import newest_step, restore_model
 from jaxptm.types import JaxptmError
 from jaxptm.writing import whole_file
 
@@ -66,15 +68,18 @@ def convert(
         The model, and what `check` measured.
 
     Raises:
-        JaxptmError: there is no such model, it does not fit together, `step` or `part` do not apply, `check` failed, or
-            the target is a run, holds files of another model, or cannot be written.
+        JaxptmError: there is no such model, it does not fit together, `step` or `part` do not apply, `check` failed,
+            the target is a run, holds files of another model, or cannot be written, or the report is another file.
     """
     if to not in FORMATS:
         raise JaxptmError(f"--to {to}: write {' or '.join(FORMATS)}.")
     if report is not None and target.resolve() in (report.resolve(), *report.resolve().parents):
         raise JaxptmError(f"--report {report}: lies in {target}, which the model is written to; name another place.")
+    of_run = is_remote(source) or is_run(Path(source))
+    if of_run and step is None:
+        step = newest_step(source)  # by its number, so that an older one is not taken where it is damaged
     with tempfile.TemporaryDirectory() as rewritten:
-        model = _open(source, step, part, Path(rewritten))
+        model = restore_model(source, step, part) if of_run else _open(source, step, part, Path(rewritten))
         _refuse_to_mix(model, target)
         if to == "orbax":
             model = replace(model, dead={}, unused=(*model.unused, *_not_in_orbax(model)))
@@ -89,6 +94,8 @@ def convert(
         with _cannot_write(report):
             if report.is_dir():
                 raise IsADirectoryError("it is a directory")
+            if report.exists() and not _is_report(report):
+                raise FileExistsError("it is there, and no report of a conversion; name another file")
             report.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(report) as partial:  # neither it nor the model is left without the other
             with _cannot_write(report):
@@ -114,7 +121,7 @@ def _refuse_to_mix(model: Model, target: Path) -> None:
     if model.source is not None and model.source.resolve() == target.resolve():
         return
     every = (*TOKENIZER_FILES, *PROCESSOR_FILES, *POOLING_FILES, *GENERATION_FILES)
-    there = {file.relative_to(target).as_posix() for file in found(target, every)}
+    there = {file.relative_to(target).as_posix() for file in found(target, (*every, *STALE_WEIGHTS))}
     if model.source is not None:
         there -= {file.relative_to(model.source).as_posix() for file in found(model.source, model.companions())}
     if there:
@@ -124,13 +131,10 @@ def _refuse_to_mix(model: Model, target: Path) -> None:
 
 
 def _open(source: str, step: int | None, part: str, rewritten: Path) -> Model:
-    """Opens what `convert` is given; a checkpoint of another implementation is rewritten to `rewritten` first."""
-    of_run = is_remote(source) or is_run(Path(source))
-    original = None if of_run else find_original(source)
-    if step is not None and not of_run:
+    """Opens what is no run; a checkpoint of another implementation is rewritten to `rewritten` first."""
+    if step is not None:
         raise JaxptmError(f"--step is for run directories; {source} holds no checkpoints/.")
-    if of_run:
-        return restore_model(source, step, part)
+    original = find_original(source)
     if original is None:
         if part != "model":
             raise JaxptmError(f"--part is for runs and for Google's ELECTRA; {source} is neither.")
@@ -140,7 +144,8 @@ def _open(source: str, step: int | None, part: str, rewritten: Path) -> Model:
         model = from_pretrained(rewritten, "auto", complete=True, param_dtype=None)
         return replace(model, unused=(*model.unused, *left_out))
     except JaxptmError as error:  # names the checkpoint, and not where it lies for a moment
-        raise JaxptmError(str(error).replace(str(rewritten), str(original))) from error
+        said = str(error).replace(str(rewritten / "config.json"), f"{original} (its settings)")
+        raise JaxptmError(said.replace(str(rewritten), str(original))) from error
 
 
 def save(model: Model, target: Path, to: str) -> None:
@@ -169,6 +174,9 @@ def check(model: Model, to: str) -> dict[str, float]:
         save(model, Path(written), to)
         again = from_pretrained(written, model.task, param_dtype=None)
         before, after = flatten(model.params), flatten(again.params)
+        broken = [path for path, leaf in before.items() if not np.isfinite(np.asarray(leaf, np.float32)).all()]
+        if broken:
+            raise JaxptmError(f"these weights hold NaN or infinities: {', '.join(broken)}.")
         changed = [path for path in before if _bytes(before[path]) != _bytes(after[path])]
         if changed or before.keys() != after.keys():
             raise JaxptmError(f"these weights are not read back as they were written: {', '.join(changed)}.")
@@ -251,6 +259,14 @@ def describe(model: Model, source: str, differences: Mapping[str, float] | None 
         "difference_from_transformers": None if differences is None else dict(differences),
         "tensors": tensors,
     }
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        said = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(said, dict) and {"architecture", "left_out", "tensors"} <= said.keys()
 
 
 def _bytes(tensor: Any) -> bytes:

@@ -48,7 +48,7 @@ def optimizer(config: OptimizerConfig, steps: int, params: Params) -> optax.Grad
     decayed = _decay_mask(params)
     _check_frozen(params, config.frozen)
     learning_rate = schedule(config, steps)
-    parts = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    parts = [] if config.clip is None else [_clip_by_global_norm(config.clip)]
     if config.name == "bert_adam":
         parts += [_scale_by_uncorrected_adam(config.beta1, config.beta2, config.epsilon)]
     else:
@@ -255,6 +255,23 @@ def _by_leaf(params: Params, value: Callable[[str], float]) -> Params:
         return np.array(values, np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
 
     return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Gradients whose norm, over all of them, is above `most` are scaled down to it.
+
+    `optax.clip_by_global_norm` chooses for each element between the gradient and its quotient by the norm. XLA on CPUs
+    then writes all quotients to memory, and both moments read them and the gradients: 15 passes over the parameters a
+    step instead of 11.
+    """
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        scale = jnp.minimum(1.0, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda leaf: leaf * scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scaled(factors: Callable[[Params], Params]) -> optax.GradientTransformation:

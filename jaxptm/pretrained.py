@@ -335,7 +335,8 @@ def from_pretrained(
         param_dtype = weights.stored_type(tensors)
     if complete:
         weights.refuse_to_round(tensors, jnp.dtype(param_dtype), str(directory))
-        config = _without_masks(config, tensors, family, directory)
+        if task != "contrastive":
+            config = _without_masks(config, tensors, family)
     if new_head:
         aside = {row.theirs for row in family.table(config, task).rows if row.paths[0].split("/")[0] not in KEPT}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in aside}
@@ -365,14 +366,15 @@ def from_pretrained(
     return Model(family, config, task, module, params, directory, hf_config, *about)
 
 
-def _without_masks(
-    config: ModelConfig, tensors: Mapping[str, np.ndarray], family: Family, directory: Path
-) -> ModelConfig:
-    """A config without masks where the checkpoint lacks their embedding, as released CTC models do."""
+def _without_masks(config: ModelConfig, tensors: Mapping[str, np.ndarray], family: Family) -> ModelConfig:
+    """A config without masks where the checkpoint lacks their embedding, as released CTC models do.
+
+    Not for pre-training, which is nothing without it.
+    """
     masked = f"{family.prefix}masked_spec_embed"
     if not isinstance(config, AudioConfig) or not config.masks or masked in tensors:
         return config
-    log.warning("%s has no %s: written without masks, mask_time_prob and mask_feature_prob are 0.", directory, masked)
+    log.warning("there is no %s: written without masks, mask_time_prob and mask_feature_prob are 0.", masked)
     return config.model_copy(update={"mask_time_prob": 0.0, "mask_feature_prob": 0.0})
 
 
@@ -386,11 +388,13 @@ def _restore_orbax(
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             # As numpy arrays: the devices that saved them need not be here.
-            stored = checkpointer.metadata(path.absolute()).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            stored = checkpointer.metadata(path.absolute()).item_metadata
+            if stored is None:
+                raise ValueError("its _METADATA is missing or cannot be read")
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
             params = flatten(checkpointer.restore(path.absolute(), restore_args=as_numpy))
     except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise JaxptmError(f"{path}: is no complete Orbax checkpoint ({error}).") from error
+        raise JaxptmError(f"{path}: is no complete Orbax checkpoint ({error}); copy or convert it again.") from error
     found = [row for row in family.table(config, task).rows if all(name in params for name in row.paths)]
     named = {name for row in found for name in row.paths}
     return weights.save(weights.Table(found), {name: params[name] for name in named}) | {

@@ -20,13 +20,16 @@ from jaxptm.storage import is_remote, read_text
 from jaxptm.types import JaxptmError
 from jaxptm.writing import write_atomically
 
-DOCTYPE = "<!doctype html>"
+BEGINNING = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>jaxptm: '
+"""By which a report is known: no other page is written over."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 """Okabe and Ito's, which the colour-blind tell apart; further runs begin anew, with dashes."""
 DASHES = ("-", "--", ":", "-.")
 COSTS = ("step", "exported_step", "seconds", "parameters", "utilisation")
 """What a run took, among the figures of `results.json`; rates are there, too."""
 PARTS = ("train", "eval")
+SECTIONS = {"model", "objective", "optimizer", "data", "train", "out"}
+"""Of the config that every run writes."""
 KNOWN = re.compile(r"(.*[/_])?(loss|perplexity|wer|cer|accuracy|f1|correlation|pearson|spearmanr?|score|exact_match)")
 """Figures of which it is known whether more is better (see `is_better`), by how their names end."""
 STYLE = """
@@ -90,7 +93,7 @@ def report(runs: Sequence[str | Path], out: str | Path) -> Path:
     if twice:
         raise JaxptmError(f"{', '.join(twice)}: is named twice.")
     out = Path(out)
-    if out.is_dir() or (out.exists() and out.read_bytes()[: len(DOCTYPE)] != DOCTYPE.encode()):
+    if out.is_dir() or (out.exists() and not out.read_bytes().startswith(BEGINNING.encode())):
         raise JaxptmError(f"{out}: is there and no page of a report; name another file.")
     if not out.parent.is_dir():
         raise JaxptmError(f"{out}: there is no directory {out.parent}; make it first.")
@@ -115,25 +118,35 @@ def read_run(name: str) -> Logged:
         config, results = yaml.safe_load(texts["config.yaml"]), json.loads(texts["results.json"] or "{}")
     except (yaml.YAMLError, ValueError) as error:
         raise JaxptmError(f"{name}: config.yaml or results.json is damaged: {error}") from error
-    whole = isinstance(results, dict) and (not results or all(isinstance(results.get(p), dict) for p in PARTS))
-    whole &= isinstance(results.get("versions", {}), dict) and isinstance(results.get("devices", []), list)
-    if not isinstance(config, dict) or not whole:
+    if not isinstance(config, dict) or not config.keys() >= SECTIONS or not _is_written_by_a_run(results):
         raise JaxptmError(f"{name}: config.yaml or results.json is not what a run writes.")
     lines = parse_metrics(texts["metrics.jsonl"] or "", f"{name}/metrics.jsonl")
     return Logged(name, leaves(config), lines, results)
 
 
+def _is_written_by_a_run(results: Any) -> bool:
+    """Whether `results.json` is there in part alone, or holds what it may not."""
+    if not isinstance(results, dict):
+        return False
+    parts = [results.get(part, {} if not results else None) for part in PARTS]
+    figures = [value for part in parts if isinstance(part, dict) for value in part.values()]
+    return (
+        all(isinstance(part, dict) for part in parts)
+        and all(_is_number(value) or value in ("nan", "inf", "-inf") for value in figures)
+        and isinstance(results.get("versions", {}), dict)
+        and isinstance(results.get("devices", []), list)
+    )
+
+
 def to_html(runs: Sequence[Logged]) -> str:
     """The page."""
-    title = "jaxptm: " + ", ".join(run.name for run in runs)
     open_runs = [run.name for run in runs if not run.results]
     under_way = f"<p><small>Not finished: {escape(', '.join(open_runs))}.</small></p>" if open_runs else ""
     differing, shared = _settings(runs)
     figures = _rows(run.figures for run in runs)
     return "\n".join(
         [
-            DOCTYPE,
-            f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head>',
+            f"{BEGINNING}{escape(', '.join(run.name for run in runs))}</title><style>{STYLE}</style></head>",
             f"<body><h1>{'Runs' if len(runs) > 1 else 'Run'}</h1>{under_way}",
             "<h2>Held-out figures</h2>",
             _table(runs, {name: row for name, row in figures.items() if name.startswith("eval/")}, judged=True),

@@ -268,6 +268,13 @@ def restore_model(directory: str | Path, step: int | None = None, part: str = "m
     return replace(model, module=model.module.clone(execution=unscanned))
 
 
+def newest_step(directory: str | Path) -> int | None:
+    """Of the checkpoints of a run, damaged ones included; None where there is none."""
+    config = load_config(Mirror(str(directory)).pull("config.yaml"))
+    with Checkpoints(checkpoint_directory(str(directory)), config.train.keep) as checkpoints:
+        return checkpoints.latest_step
+
+
 def _introduction(run: Run, params: Params, mesh: Mesh) -> list[str]:
     """What a user checks before letting a run go on."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -270,7 +270,7 @@ def test_a_released_ctc_model_without_an_embedding_for_masks(tmp_path: Path, cap
     save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     _, differences = conversion.convert(str(tmp_path / "source"), tmp_path / "target", checked=True)
     assert differences and max(differences.values()) < 1e-5
-    assert "has no wav2vec2.masked_spec_embed: written without masks" in caplog.text
+    assert "there is no wav2vec2.masked_spec_embed: written without masks" in caplog.text
     oracle.assert_equal(load_file(tmp_path / "target" / "model.safetensors"), tensors)
     assert type(theirs).from_pretrained(tmp_path / "target").config.mask_time_prob == 0
 
@@ -305,3 +305,37 @@ def test_checks_of_classifiers_without_padding_or_with_a_head_of_zeros(zero: boo
         save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     _, differences = conversion.convert(str(tmp_path / "source"), tmp_path / "target", checked=True)
     assert differences and all(value < 1e-5 for value in differences.values())
+
+
+def test_no_other_file_becomes_a_report(tmp_path: Path) -> None:
+    source, target, notes = tmp_path / "source", tmp_path / "target", tmp_path / "notes.json"
+    oracle.saved(source)
+    notes.write_text('{"mine": 1}')
+    before = digest_of(source)
+    for taken in (source / "config.json", source / "model.safetensors", notes):
+        with pytest.raises(JaxptmError, match=rf"{taken.name}: cannot be written: it is there, and no report of a con"):
+            conversion.convert(str(source), target, report=taken)
+    assert digest_of(source) == before and notes.read_text() == '{"mine": 1}' and not target.exists()
+    for _ in range(2):  # the second in the place of the first
+        conversion.convert(str(source), target, report=tmp_path / "report.json")
+
+
+def test_weights_of_another_model_in_another_format_do_not_stay_beside_it(tmp_path: Path) -> None:
+    oracle.saved(tmp_path / "source")
+    (tmp_path / "target").mkdir()
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "flax_model.msgpack", "tf_model.h5"):
+        stale = tmp_path / "target" / name
+        stale.write_text("old")
+        with pytest.raises(JaxptmError, match=rf"target: holds {name} of another model; delete that"):
+            conversion.convert(str(tmp_path / "source"), tmp_path / "target")
+        stale.unlink()
+
+
+def test_a_check_names_weights_that_are_not_finite(tmp_path: Path) -> None:
+    oracle.saved(tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors["encoder.layer.0.output.dense.bias"][0] = np.nan
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(JaxptmError, match="hold NaN or infinities: encoder/layer_0/mlp/down/bias"):
+        conversion.convert(str(tmp_path / "source"), tmp_path / "target", checked=True)
+    assert not (tmp_path / "target").exists()

@@ -63,7 +63,7 @@ class Page(HTMLParser):
 def write_run(directory: Path, *, rate: float, loss: float, wer: float, finished: bool = True, **more: Any) -> Path:
     directory.mkdir()
     config = {"model": "<b>ert & co", "optimizer": {"learning_rate": rate, "frozen": []}, "train": {"steps": 2000}}
-    config |= more
+    config |= {"objective": {"name": "masked-lm"}, "data": {"seed": 0}, "out": "runs/one"} | more
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [
         {"step": 1000, "train/loss": 3.0, "train/learning_rate": rate},
@@ -162,18 +162,23 @@ def test_names_of_curves_do_not_get_in_each_others_way(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    out.write_text("<!doctype html>old")
-    names = ("good", "damaged", "torn", "half")
-    good, damaged, torn, half = (write_run(tmp_path / name, rate=1, loss=1, wer=1) for name in names)
+    report([write_run(tmp_path / "old", rate=1, loss=1, wer=1)], out)
+    before = out.read_text()
+    names = ("good", "damaged", "torn", "half", "other")
+    good, damaged, torn, half, other = (write_run(tmp_path / name, rate=1, loss=1, wer=1) for name in names)
     (half / "results.json").write_text('{"step": 3}')
     (damaged / "results.json").write_text('{"step": ')
     (torn / "metrics.jsonl").write_text("nonsense\n")
+    (other / "config.yaml").write_text("name: of another program\n")
     (tmp_path / "empty").mkdir()
+    page = tmp_path / "page.html"
+    page.write_text("<!doctype html>\n<html><title>mine</title></html>")
     for runs, message in (
         ([], "at least one run"),
         ([good, f"{good}/"], "is named twice"),
         ([good, good / ".." / "good"], "is named twice"),
         ([good, half], "half: config.yaml or results.json is not what a run writes"),
+        ([good, other], "other: config.yaml or results.json is not what a run writes"),
         ([good, tmp_path / "nowhere"], r"nowhere: is no run directory, it holds no config.yaml"),
         ([good, tmp_path / "empty"], r"empty: is no run directory"),
         ([good, damaged], "damaged: config.yaml or results.json is damaged"),
@@ -187,12 +192,22 @@ def test_bad_input(tmp_path: Path) -> None:
         (torn / "metrics.jsonl").write_text(line + "\n")
         with pytest.raises(JaxptmError, match=r"metrics\.jsonl: line 1 is not a JSON object of numbers with a `step`"):
             report([torn], out)
-    for versions in (None, "0.10"):
-        (half / "results.json").write_text(json.dumps({"train": {}, "eval": {}, "versions": versions}))
+    for wrong in (
+        [1],
+        {"train": {}, "eval": {}, "versions": None},
+        {"train": {}, "eval": {}, "versions": "0.10"},
+        {"train": {}, "eval": {"loss": None}},
+        {"train": {"loss": "low"}, "eval": {}},
+        {"train": {}, "eval": {"loss": [1]}},
+    ):
+        (half / "results.json").write_text(json.dumps(wrong))
         with pytest.raises(JaxptmError, match=r"half: config\.yaml or results\.json is not what a run writes"):
             report([half], out)
-    for taken in (good / "config.yaml", tmp_path / "empty"):
+    for taken in (good / "config.yaml", tmp_path / "empty", page):
         with pytest.raises(JaxptmError, match="is there and no page of a report; name another file"):
             report([good], taken)
-    assert out.read_text() == "<!doctype html>old"
+    (half / "results.json").write_text(json.dumps({"train": {"loss": "nan"}, "eval": {"loss": 1.5}}))
+    assert out.read_text() == before and "mine" in page.read_text()
+    report([half], out)  # and takes the place of another report
+    assert out.read_text() != before
     assert (good / "config.yaml").read_text().startswith("model:")

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 import jaxptm.training
 from jaxptm import evaluation
 from jaxptm.config import TrainConfig, load_config
+from jaxptm.conversion import convert
 from jaxptm.data.prepare import prepare
 from jaxptm.data.tokenizer import load_tokenizer
 from jaxptm.directories import prepared_directory
@@ -233,8 +234,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
     newest = home / "damaged/checkpoints/12"
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(
+        JaxptmError, match=r"checkpoints/12: is damaged; name another step \(.*10\), or restore a backup"
+    ):
+        convert(config.out, home / "converted", report=home / "converted.json")
+    assert not (home / "converted").exists() and not (home / "converted.json").exists()
     with caplog.at_level(logging.WARNING):
         assert train(config)["finished"]
+    convert(config.out, home / "converted", report=home / "converted.json")
+    assert json.loads((home / "converted.json").read_text())["step"] == STEPS
     assert str(newest) in caplog.text and "passed over" in caplog.text
     assert_equal_to_the_bit(config, finished[0])
 

@@ -8,10 +8,10 @@ Each side is a process that holds its model and steps when it is told to, so tha
 the median, over the rounds, of the seconds of jaxptm's turn by those of the peer's. A side that is named and does not
 take part, or begins and breaks off, is told at the end, and makes the command fail.
 
-    python benchmarks/peers/compare.py --check benchmarks/peers/ratios.json [...]
+    python benchmarks/peers/compare.py --check benchmarks/peers/ratios*.json [...]
 
-measures again what that file has, as far as the environments are here, and fails where a ratio is more than 15% higher.
-Ratios are one machine's: on another (it says so) they may differ by more.
+measures again what the table of this kind of machine has, as far as the environments are here, and fails where a ratio
+is more than 15% higher. Ratios are one machine's: where no table is of this kind, it says so and takes the first.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1, help="in a turn; one is little where a step takes milliseconds")
     parser.add_argument("--dtype", choices=BOTH, default="float32")
-    parser.add_argument("--check", type=Path)
+    parser.add_argument("--check", type=Path, nargs="+", help="tables; the one of this kind of machine, or the first")
     arguments = parser.parse_args()
     if (arguments.out is None) == (arguments.check is None):
         parser.error("name the file to write, or the one to --check.")
@@ -197,12 +197,17 @@ def main() -> None:
         parser.error(
             f"--rows has {len(rows_of_all)} numbers for {len(arguments.work)} of --work; one for all, or each."
         )
-    if arguments.check and not arguments.check.is_file():
-        parser.error(f"{arguments.check}: there is no such file; measure it first.")
-    committed = json.loads(arguments.check.read_text()) if arguments.check else {}
+    absent_tables = [path for path in arguments.check or [] if not path.is_file()]
+    if absent_tables:
+        parser.error(f"{absent_tables[0]}: there is no such file; measure it first.")
+    tables = {path: json.loads(path.read_text()) for path in arguments.check or []}
     here = machine()
+    path, committed = next(
+        ((path, said) for path, said in tables.items() if all(result["machine"] == here for result in said.values())),
+        next(iter(tables.items()), (None, {})),
+    )
     for elsewhere in {json.dumps(result["machine"]) for result in committed.values() if result["machine"] != here}:
-        print(f"{arguments.check} was measured on {elsewhere}, this is {json.dumps(here)}", file=sys.stderr)
+        print(f"{path} was measured on {elsewhere}, this is {json.dumps(here)}", file=sys.stderr)
     measured: dict[str, Any] = {}
     jobs: dict[str, Job] = {}
     for name, rows in zip(arguments.work, rows_of_all, strict=True):
@@ -238,7 +243,7 @@ def main() -> None:
             arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured))
     slower = [
-        f"{name}: {ratio:.2f} of {side}, {committed[name]['ratios'][side]:.2f} in {arguments.check}"
+        f"{name}: {ratio:.2f} of {side}, {committed[name]['ratios'][side]:.2f} in {path}"
         for name, result in measured.items()
         for side, ratio in result["ratios"].items()
         if arguments.check and ratio > (1 + TOLERANCE) * committed[name]["ratios"][side]

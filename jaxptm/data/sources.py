@@ -291,7 +291,7 @@ def _not_utf8(source: Source) -> str:
                 byte = f"byte {error.start} of the line (0x{line[error.start]:02x})"
                 place = f"{source.name}: line {number}"
                 return f"{place}: {byte} is not UTF-8 text: convert the file, for example with iconv."
-    return f"{source.name}: is not UTF-8 text."
+    return f"{source.name}: is not UTF-8 text: convert the file, for example with iconv."
 
 
 def _read_jsonl(source: Source, text_field: str) -> Iterator[str]:
@@ -304,7 +304,8 @@ def _read_jsonl(source: Source, text_field: str) -> Iterator[str]:
                 try:
                     record = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
                 except UnicodeDecodeError as error:
-                    raise JaxptmError(f"{place}: byte {error.start} of the line is not UTF-8 text.") from error
+                    byte = f"byte {error.start} of the line"
+                    raise JaxptmError(f"{place}: {byte} is not UTF-8 text: convert the file with iconv.") from error
                 except json.JSONDecodeError as error:
                     raise JaxptmError(f"{place}: is not JSON: {error.msg} (column {error.colno}).") from error
                 if not isinstance(record, dict) or text_field not in record:

@@ -107,6 +107,14 @@ def read_table(source: str) -> Table:
     return _read_jsonl(source, text) if kind == ".jsonl" else _read_conll(source, text)
 
 
+def wrong_fields(row: Sequence[str], names: Sequence[str]) -> str:
+    """What is wrong with a row that has more or fewer fields than there are columns."""
+    said = f"has {len(row)} fields, expected {len(names)} ({', '.join(names)})"
+    if len(names) == 1 and ";" in names[0]:
+        return f"{said}: these seem to be parted by semicolons; a .csv has commas, save it so."
+    return f"{said}."
+
+
 def read_delimited(
     source: str,
     text: str,
@@ -136,7 +144,7 @@ def read_delimited(
         elif skip_ragged:
             ragged.append(line)
         else:
-            raise JaxptmError(f"{source}:{line}: has {len(row)} fields, expected {len(names)} ({', '.join(names)}).")
+            raise JaxptmError(f"{source}:{line}: {wrong_fields(row, names)}")
     if ragged:
         shown = ", ".join(map(str, ragged[:5])) + (" and so on" if len(ragged) > 5 else "")
         log.warning("%s: %d row(s) without all of their fields are passed over: lines %s.", source, len(ragged), shown)
@@ -160,7 +168,7 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise JaxptmError(f"{path}:{line}: is not UTF-8 text.") from error
+        raise JaxptmError(f"{path}:{line}: is not UTF-8 text: save it as UTF-8, or convert it with iconv.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise JaxptmError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 

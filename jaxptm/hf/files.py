@@ -37,6 +37,8 @@ WEIGHTS = tuple(
     for name in ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")
     for suffix in ("", ".index.json")
 )
+STALE_WEIGHTS = ("pytorch_model*.bin*", "flax_model*.msgpack*", "tf_model*.h5*")
+"""What may lie beside the files that are written here, and is another's."""
 """In the order in which they are looked for; a pickle comes last."""
 SHARDS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 """Names of files that a model is written to, as a regular expression."""

@@ -47,12 +47,13 @@ HEADS_OF_BERT = {
 }
 HEAD_WIDTH = 64
 """Of ELECTRA small, base and large (util/training_utils.py); no file of a checkpoint says it."""
+HEADS_BESIDE = {"model": "config.json", "generator": "generator_config.json"}
 
 
 def rewrite_google(prefix: Path, directory: Path, part: str) -> list[str]:
     """Writes `prefix`.index and `prefix`.data-... as a Hugging Face directory; see `jaxptm.original.rewrite`.
 
-    Beside a BERT lies its bert_config.json. An ELECTRA's sizes are those of its tensors.
+    Beside a BERT lies its bert_config.json. An ELECTRA's sizes are those of its tensors, all but its number of heads.
     """
     shards, entries = read_entries(prefix)
     wanted = {name: entry for name, entry in entries.items() if not LEFT_OUT.search(name)}
@@ -71,13 +72,10 @@ def rewrite_google(prefix: Path, directory: Path, part: str) -> list[str]:
     if electra:
         tensors = renamed(tensors, _renamed_for_electra, str(prefix))
     try:
-        config = _electra_config(tensors, part) if electra else _bert_config(tensors, prefix)
+        config = _electra_config(tensors, part, prefix) if electra else _bert_config(tensors, prefix)
     except KeyError as error:
         raise JaxptmError(f"{prefix}: lacks {error}, which tells the sizes of the model.") from error
     write_model(directory, config, tensors)
-    if electra:
-        heads = config["num_attention_heads"]
-        log.warning("%s: %d attention heads are assumed, of width %d; no file says it.", prefix, heads, HEAD_WIDTH)
     _write_tokenizer(prefix.parent / "vocab.txt", directory, config["vocab_size"])
     return sorted(set(entries) - set(wanted))
 
@@ -147,7 +145,27 @@ def _renamed_for_electra(name: str) -> str:
     return name.replace("discriminator_predictions.dense_1.", "discriminator_predictions.dense_prediction.")
 
 
-def _electra_config(tensors: Mapping[str, np.ndarray], part: str) -> dict[str, Any]:
+def _electra_heads(width: int, part: str, prefix: Path) -> int:
+    """What a file beside the checkpoint says, or as many as the released models have."""
+    beside = prefix.parent / HEADS_BESIDE[part]
+    if beside.exists():
+        heads = read_json(beside).get("num_attention_heads")
+        if isinstance(heads, int) and heads > 0 and width % heads == 0:
+            return heads
+        raise JaxptmError(f"{beside}: `num_attention_heads` is {heads!r}; a divisor of the width {width} is expected.")
+    if width % HEAD_WIDTH:
+        raise JaxptmError(
+            f"{prefix}: does not say how many attention heads share its width of {width}; write a "
+            f"{beside.name} with `num_attention_heads` beside it."
+        )
+    log.warning(
+        "%s: %d attention heads are assumed, of width %d as in all released ones; a %s with `num_attention_heads` "
+        "beside it says otherwise.", prefix, width // HEAD_WIDTH, HEAD_WIDTH, beside.name,
+    )  # fmt: skip
+    return width // HEAD_WIDTH
+
+
+def _electra_config(tensors: Mapping[str, np.ndarray], part: str, prefix: Path) -> dict[str, Any]:
     words, types, places = (
         tensors[f"electra.embeddings.{name}_embeddings.weight"].shape for name in ("word", "token_type", "position")
     )
@@ -163,7 +181,7 @@ def _electra_config(tensors: Mapping[str, np.ndarray], part: str) -> dict[str, A
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": len(layers),
-        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "num_attention_heads": _electra_heads(width, part, prefix),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-12,
     }

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from jaxptm.data.table import delimited_rows, filled_lines, read_table, read_text
+from jaxptm.data.table import delimited_rows, filled_lines, read_table, read_text, wrong_fields
 from jaxptm.pipelines import pipeline, pipeline_kind
 from jaxptm.types import JaxptmError
 
@@ -256,7 +256,6 @@ def _of_delimited(kind: Any, names: Sequence[str], path: Path) -> Iterator[Input
                     "by --columns."
                 )
         elif len(row) != len(header):
-            error = JaxptmError(f"has {len(row)} fields, expected {len(header)} ({', '.join(header)}).")
-            yield Input(f"{path}:{line}", error)
+            yield Input(f"{path}:{line}", JaxptmError(wrong_fields(row, header)))
         else:
             yield Input(f"{path}:{line}", _of_record(kind, names, dict(zip(header, row, strict=True))))

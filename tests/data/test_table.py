@@ -99,6 +99,11 @@ def test_conll(tmp_path: Path) -> None:
     [
         ("a.tsv", "a\tb\n1\t2\n3\n", r"a.tsv:3: has 1 fields, expected 2 \(a, b\)"),
         ("a.csv", 'a,b\n"1,2\n', "a.csv:2: "),
+        (
+            "a.csv",
+            "id;text\n1;a\n2;so, it is\n",
+            r"a.csv:3: has 2 fields, expected 1 \(id;text\): these seem to be part",
+        ),
         ("a.csv", "a,a\n1,2\n", "names a column twice"),
         ("a.csv", "a,b\n", "a.csv: holds no rows"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl:2: is not JSON"),

@@ -220,6 +220,8 @@ def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(
     model = whole["cfg"]["model"]
     save(whole | {"model": {**whole["model"], "target_glu.0.weight": torch.zeros(2)}}, path)
     refused(r"w2v\.pt: 1 weight.*\n.*unexpected target_glu\.0\.weight \[2\]")
+    save(whole | {"model": {name: tensor for name, tensor in whole["model"].items() if name != "mask_emb"}}, path)
+    refused(r"w2v\.pt: is a Wav2Vec2ForPreTraining without weights for mask_embedding, and none are made up here")
     save(whole | {"cfg": None}, path)
     refused("says nothing of its model under `cfg` or `args`")
     save(whole | {"cfg": {"model": {"extractor_mode": "default"}}}, path)

@@ -142,6 +142,23 @@ def test_electra(part: str, tied: bool, tmp_path: Path, caplog: pytest.LogCaptur
     assert ours.config.num_attention_heads == theirs.config.num_attention_heads
 
 
+def test_heads_of_an_electra_are_said_beside_it_where_they_are_not_those_of_the_released(tmp_path: Path) -> None:
+    prefix, target = tmp_path / "google" / "model.ckpt", tmp_path / "hf"
+    theirs = oracle.model("replaced-token", "electra", hidden_size=96, num_attention_heads=3, embedding_size=20)
+    write_bundle(prefix, {name.replace("dense_prediction", "dense_1"): a for name, a in variables(theirs).items()})
+    with pytest.raises(JaxptmError, match=r"how many attention heads share its width of 96; write a config\.json with"):
+        convert(str(prefix), target)
+    (prefix.parent / "config.json").write_text('{"num_attention_heads": 7}')
+    with pytest.raises(
+        JaxptmError, match=r"config\.json: `num_attention_heads` is 7; a divisor of the width 96 is exp"
+    ):
+        convert(str(prefix), target)
+    assert not target.exists()
+    (prefix.parent / "config.json").write_text('{"num_attention_heads": 3}')
+    convert(str(prefix), target, checked=True)
+    assert type(theirs).from_pretrained(target).config.num_attention_heads == 3
+
+
 @pytest.mark.parametrize(
     ("entry", "uncased"), [("the", True), ("The", False), ("é", True), ("##Él", False), ("<S>", True), ("Z", True)]
 )
@@ -196,6 +213,10 @@ def test_what_is_unknown_is_refused_by_name_and_nothing_is_written(tmp_path: Pat
     refused("lacks 'electra.embeddings.token_type_embeddings.weight', which tells the sizes")
     refused("holds no generator", part="generator")
     write_bundle(google / "bert_model.ckpt", found)
+    settings = (google / "bert_config.json").read_text()
+    (google / "bert_config.json").write_text(json.dumps({**json.loads(settings), "num_attention_heads": 5}))
+    refused(r"bert_model\.ckpt\.index \(its settings\): 1 value.*\n.*`hidden_size` 32 is not a multiple of `num_att")
+    (google / "bert_config.json").write_text(settings)
     refused("--part generator is for ELECTRA", part="generator")
     refused("--step is for run directories", step=3)
     refused("--to onnx: write hf or orbax", to="onnx")
