@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from experiments import arms
 from jaxptm.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,14 +43,6 @@ def keys(words: list[str]) -> list[str]:
     return [word for word in words if re.match(r"[a-z_0-9.]+=", word)]
 
 
-def arms() -> Any:
-    spec = importlib.util.spec_from_file_location("arms", ROOT / "experiments" / "arms.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.parent.name)
 def test_configs_and_keys_of_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -70,7 +61,7 @@ def test_configs_and_keys_of_commands(page: Path, tmp_path: Path, monkeypatch: p
                 options = {at + 1 for at, word in enumerate(words) if word == "--tuning"}
                 tuning = [words[at] for at in options]
                 shared = keys([word for at, word in enumerate(words) if at not in options])
-                experiment = arms().read(Path(words[1]))
+                experiment = arms.read(Path(words[1]))
                 for arm in experiment.arms:
                     config, *own = experiment.of(arm)
                     load_config(config, [*map(str, own), *shared])
