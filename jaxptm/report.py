@@ -60,7 +60,7 @@ class Logged:
     results: dict[str, Any]
 
     @property
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float | str]:
         """The last of each, as `results.json` has them, or before it is there the log."""
         if self.results:
             return {f"{part}/{name}": value for part in PARTS for name, value in self.results[part].items()}
