@@ -210,4 +210,4 @@ def test_bad_input(tmp_path: Path) -> None:
     assert out.read_text() == before and "mine" in page.read_text()
     report([half], out)  # and takes the place of another report
     assert out.read_text() != before
-    assert (good / "config.yaml").read_text().startswith("model:")
+    assert (good / "config.yaml").read_text().startswith("data:")
