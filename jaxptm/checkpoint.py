@@ -232,11 +232,10 @@ class Checkpoints:
             if candidate not in self._damaged:
                 self._damaged.append(candidate)
         if steps and step is not None:
-            others = (
-                ", ".join(str(other) for other in sorted(self._manager.all_steps()) if other != step) or "no others"
-            )
+            others = [str(other) for other in sorted(self._manager.all_steps()) if other != step]
+            named = f" ({', '.join(others)})" if others else ""
             raise JaxptmError(
-                f"{self.directory / str(step)}: is damaged; name another step ({others}), or restore a backup."
+                f"{self.directory / str(step)}: is damaged; name another step{named}, or restore a backup."
             )
         if steps:
             raise JaxptmError(

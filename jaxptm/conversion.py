@@ -163,20 +163,22 @@ def check(model: Model, to: str) -> dict[str, float]:
         Of every output, its largest difference from transformers', as a share of the largest value there.
 
     Raises:
-        JaxptmError: torch is not here, a tensor comes back changed, or an output differs by more than TOLERANCE.
+        JaxptmError: torch is not here, a weight is not finite, a tensor comes back changed, or an output differs by
+            more than TOLERANCE.
     """
     try:
         import torch
         import transformers
     except ImportError as error:
         raise JaxptmError("--check needs torch, in which transformers computes: pip install torch.") from error
+    before = flatten(model.params)
+    broken = [path for path, leaf in before.items() if not np.isfinite(np.asarray(leaf, np.float32)).all()]
+    if broken:
+        raise JaxptmError(f"these weights hold NaN or infinities: {', '.join(broken)}.")
     with tempfile.TemporaryDirectory() as written, tempfile.TemporaryDirectory() as for_transformers:
         save(model, Path(written), to)
         again = from_pretrained(written, model.task, param_dtype=None)
-        before, after = flatten(model.params), flatten(again.params)
-        broken = [path for path, leaf in before.items() if not np.isfinite(np.asarray(leaf, np.float32)).all()]
-        if broken:
-            raise JaxptmError(f"these weights hold NaN or infinities: {', '.join(broken)}.")
+        after = flatten(again.params)
         changed = [path for path in before if _bytes(before[path]) != _bytes(after[path])]
         if changed or before.keys() != after.keys():
             raise JaxptmError(f"these weights are not read back as they were written: {', '.join(changed)}.")

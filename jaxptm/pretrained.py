@@ -21,6 +21,7 @@ from jaxptm.generation import Sampling, generate
 from jaxptm.hf import files
 from jaxptm.hf import table as weights
 from jaxptm.hf.generation_config import declared_tokens, read_generation_config
+from jaxptm.hf.orbax import read_params
 from jaxptm.models import Family
 from jaxptm.models.params import abstract_params, flatten, initialise, unflatten, unstacked
 from jaxptm.nn.audio_config import AudioConfig
@@ -382,19 +383,8 @@ def _restore_orbax(
     directory: Path, family: Family, config: ModelConfig, hf_config: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The parameters under the names that the head has which config.json declares; others keep their own names."""
-    import orbax.checkpoint as ocp
-
-    path, task = directory / ORBAX_PARAMS, declared_task(family, hf_config, directory)
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            # As numpy arrays: the devices that saved them need not be here.
-            stored = checkpointer.metadata(path.absolute()).item_metadata
-            if stored is None:
-                raise ValueError("its _METADATA is missing or cannot be read")
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
-            params = flatten(checkpointer.restore(path.absolute(), restore_args=as_numpy))
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise JaxptmError(f"{path}: is no complete Orbax checkpoint ({error}); copy or convert it again.") from error
+    params = flatten(read_params(directory / ORBAX_PARAMS))
+    task = declared_task(family, hf_config, directory)
     found = [row for row in family.table(config, task).rows if all(name in params for name in row.paths)]
     named = {name for row in found for name in row.paths}
     return weights.save(weights.Table(found), {name: params[name] for name in named}) | {

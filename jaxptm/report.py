@@ -125,10 +125,10 @@ def read_run(name: str) -> Logged:
 
 
 def _is_written_by_a_run(results: Any) -> bool:
-    """Whether `results.json` is there in part alone, or holds what it may not."""
-    if not isinstance(results, dict):
-        return False
-    parts = [results.get(part, {} if not results else None) for part in PARTS]
+    """Whether a `results.json` has the two parts, of numbers alone; before the end of a run it is empty."""
+    if results == {}:
+        return True
+    parts = [results.get(part) for part in PARTS] if isinstance(results, dict) else [None]
     figures = [value for part in parts if isinstance(part, dict) for value in part.values()]
     return (
         all(isinstance(part, dict) for part in parts)
